@@ -1,0 +1,568 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Copy-on-write: read the old data, make it safe, let the write go.
+ *
+ * One work item per origin does everything that decides, so that only what
+ * completions and image reads touch needs a lock. Nothing here allocates on
+ * the way of a write but the index of stored chunks and memory that is itself
+ * the store; when that fails the snapshot fails, not the write.
+ *
+ * A write is released when its chunks are open: their old data is in memory
+ * on its way to the store, and no image read of them is in flight to the
+ * origin. Two bitmaps keep these apart: `copied` turns new image reads away
+ * from the origin, `open` lets writes pass once the earlier ones have ended.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/bio.h>
+#include <linux/mm.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+
+#include "cow.h"
+#include "hook.h"
+#include "image.h"
+#include "main.h"
+#include "snapshot.h"
+#include "trace.h"
+#include "tracker.h"
+
+static void job_end_io(struct bio *bio)
+{
+	struct stb_job *job = bio->bi_private;
+	struct stb_cow *cow = job->cow;
+	struct stb_snapshot *snapshot = cow->snapshot;
+
+	/* Pairs with the acquire in cow_collect(): the data is there. */
+	smp_store_release(&job->done, true);
+	queue_work(stb_wq, &cow->work);
+	stb_snapshot_put(snapshot);
+}
+
+static void job_submit(struct stb_job *job, struct block_device *bdev,
+		       blk_opf_t opf, sector_t sector, unsigned int first_page,
+		       unsigned int bytes)
+{
+	unsigned int page = first_page;
+
+	bio_init(&job->bio, bdev, job->bvecs, STB_JOB_PAGES, opf);
+	job->bio.bi_iter.bi_sector = sector;
+	job->bio.bi_end_io = job_end_io;
+	job->bio.bi_private = job;
+	while (bytes) {
+		unsigned int len = min_t(unsigned int, bytes, PAGE_SIZE);
+
+		__bio_add_page(&job->bio, job->pages[page++], len, 0);
+		bytes -= len;
+	}
+	stb_snapshot_get(job->cow->snapshot);
+	if (op_is_write(opf))
+		stb_hook_resume(&job->bio, NULL);
+	else
+		stb_hook_submit(&job->bio);
+}
+
+static void job_free(struct stb_cow *cow, struct stb_job *job)
+{
+	spin_lock_irq(&cow->lock);
+	if (job->state == STB_JOB_STORING && !job->opened)
+		cow->nr_closed--;
+	job->state = STB_JOB_FREE;
+	list_move(&job->node, &cow->free);
+	spin_unlock_irq(&cow->lock);
+}
+
+static void job_fail(struct stb_cow *cow, struct stb_job *job, u32 reason)
+{
+	stb_snapshot_fail(cow->snapshot, reason);
+	job_free(cow, job);
+}
+
+static struct stb_job *job_covering(struct stb_cow *cow, u64 chunk)
+{
+	struct stb_job *job;
+
+	list_for_each_entry(job, &cow->active, node)
+		if (chunk >= job->first && chunk < job->first + job->nr)
+			return job;
+	return NULL;
+}
+
+/* Begin to copy @nr chunks at most, from @chunk on, which no job covers. */
+static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
+{
+	struct stb_tracker *t = cow->tracker;
+	sector_t sector = chunk * STB_CHUNK_SECT;
+	struct stb_job *job, *other;
+	u64 sectors;
+
+	nr = min_t(u64, nr, STB_JOB_CHUNKS);
+	nr = find_next_bit(cow->open, chunk + nr, chunk) - chunk;
+	list_for_each_entry(other, &cow->active, node)
+		if (other->first > chunk)
+			nr = min(nr, other->first - chunk);
+
+	job = list_first_entry(&cow->free, struct stb_job, node);
+	job->first = chunk;
+	job->nr = nr;
+	job->stored = 0;
+	job->storing = 0;
+	job->opened = false;
+	job->done = false;
+	job->since = jiffies;
+	spin_lock_irq(&cow->lock);
+	job->state = STB_JOB_READING;
+	list_move_tail(&job->node, &cow->active);
+	spin_unlock_irq(&cow->lock);
+
+	sectors = min_t(u64, nr * STB_CHUNK_SECT, t->nr_sect - sector);
+	trace_stillblock_copy(t->id, sector, sectors);
+	job_submit(job, t->dev.bdev, REQ_OP_READ, sector, 0,
+		   sectors << SECTOR_SHIFT);
+	return nr;
+}
+
+/* Open the job's chunks unless an earlier image read of them is in flight. */
+static void job_try_open(struct stb_cow *cow, struct stb_job *job)
+{
+	u64 last = job->first + job->nr - 1;
+	struct stb_reader *reader;
+
+	spin_lock_irq(&cow->lock);
+	list_for_each_entry(reader, &cow->readers, node)
+		if (reader->first <= last && reader->last >= job->first)
+			goto unlock;
+	bitmap_set(cow->open, job->first, job->nr);
+	job->opened = true;
+	cow->nr_closed--;
+unlock:
+	spin_unlock_irq(&cow->lock);
+}
+
+/* Note where chunks of the job are stored; the image finds them from here on. */
+static int job_index(struct stb_cow *cow, struct stb_job *job)
+{
+	unsigned int i;
+	int ret;
+
+	for (i = 0; i < job->storing; i++) {
+		ret = xa_err(xa_store(&cow->slots, job->first + job->stored + i,
+				      xa_mk_value(job->slot + i), GFP_NOIO));
+		if (ret)
+			return ret;
+	}
+	job->stored += job->storing;
+	job->storing = 0;
+	return 0;
+}
+
+/* Memory as store: the job's pages become the slots', and it gets new ones. */
+static int job_keep_pages(struct stb_job *job, struct stb_slots *where)
+{
+	unsigned int page = job->stored * STB_CHUNK_PAGES;
+	unsigned int i;
+
+	for (i = 0; i < where->nr * STB_CHUNK_PAGES; i++) {
+		struct page *fresh = alloc_page(GFP_NOIO | __GFP_NOWARN);
+
+		if (!fresh)
+			return -ENOMEM;
+		where->pages[i] = job->pages[page + i];
+		job->pages[page + i] = fresh;
+	}
+	return 0;
+}
+
+/* Store what is not stored yet, piece by piece; free the job in the end. */
+static void job_store(struct stb_cow *cow, struct stb_job *job)
+{
+	struct stb_snapshot *snapshot = cow->snapshot;
+	struct stb_slots where;
+	bool low;
+
+	while (job->stored < job->nr) {
+		if (!stb_store_alloc(&snapshot->store, job->nr - job->stored,
+				     &where, &low)) {
+			job_fail(cow, job, STILLBLOCK_REASON_STORE_FULL);
+			return;
+		}
+		if (low)
+			stb_snapshot_low(snapshot);
+		job->slot = where.slot;
+		job->storing = where.nr;
+		if (where.bdev) {
+			job_submit(job, where.bdev, REQ_OP_WRITE, where.sector,
+				   job->stored * STB_CHUNK_PAGES,
+				   where.nr << STB_CHUNK_SHIFT);
+			return;
+		}
+		if (job_keep_pages(job, &where) || job_index(cow, job)) {
+			job_fail(cow, job, STILLBLOCK_REASON_NO_MEMORY);
+			return;
+		}
+	}
+	if (job->opened)
+		job_free(cow, job);
+}
+
+/* The I/O of a job has ended. */
+static void job_step(struct stb_cow *cow, struct stb_job *job)
+{
+	blk_status_t status = job->bio.bi_status;
+
+	if (!stb_snapshot_held(cow->snapshot)) {
+		job_free(cow, job);
+		return;
+	}
+	if (job->state == STB_JOB_READING) {
+		if (status) {
+			job_fail(cow, job, STILLBLOCK_REASON_ORIGIN_ERROR);
+			return;
+		}
+		spin_lock_irq(&cow->lock);
+		bitmap_set(cow->copied, job->first, job->nr);
+		job->state = STB_JOB_STORING;
+		cow->nr_closed++;
+		spin_unlock_irq(&cow->lock);
+		job_try_open(cow, job);
+	} else {
+		if (status) {
+			job_fail(cow, job, STILLBLOCK_REASON_STORE_ERROR);
+			return;
+		}
+		if (job_index(cow, job)) {
+			job_fail(cow, job, STILLBLOCK_REASON_NO_MEMORY);
+			return;
+		}
+	}
+	job_store(cow, job);
+}
+
+static void cow_collect(struct stb_cow *cow)
+{
+	struct stb_job *job, *next;
+
+	/* The list itself is changed by this worker only. */
+	list_for_each_entry_safe(job, next, &cow->active, node) {
+		if (smp_load_acquire(&job->done)) {
+			job->done = false;
+			job_step(cow, job);
+		} else if (job->state == STB_JOB_STORING && !job->opened) {
+			job_try_open(cow, job);
+			if (job->opened && job->stored == job->nr)
+				job_free(cow, job);
+		}
+	}
+}
+
+/*
+ * Are all chunks of the range open? Begin to copy those that nobody copies, as
+ * far as jobs are free.
+ */
+static bool cow_prepare(struct stb_cow *cow, struct stb_range r)
+{
+	u64 last = stb_last_chunk(r);
+	u64 chunk = stb_chunk_of(r.first);
+	bool ready = true;
+
+	for (;;) {
+		struct stb_job *job;
+
+		chunk = find_next_zero_bit(cow->open, last + 1, chunk);
+		if (chunk > last)
+			return ready;
+		ready = false;
+		job = job_covering(cow, chunk);
+		if (job)
+			chunk = job->first + job->nr;
+		else if (!list_empty(&cow->free))
+			chunk += job_start(cow, chunk, last + 1 - chunk);
+		else
+			return false;
+	}
+}
+
+/* Take over what the hook has held since. */
+static void cow_take_held(struct stb_cow *cow)
+{
+	struct stb_tracker *t = cow->tracker;
+
+	raw_spin_lock_irq(&t->lock);
+	if (rcu_access_pointer(t->cow) == cow) {
+		bio_list_merge(&cow->waiting, &t->held);
+		bio_list_init(&t->held);
+	}
+	raw_spin_unlock_irq(&t->lock);
+}
+
+static void cow_serve_waiting(struct stb_cow *cow)
+{
+	struct bio_list waiting = cow->waiting;
+	struct stb_range r = {};
+	struct bio *bio;
+
+	bio_list_init(&cow->waiting);
+	while ((bio = bio_list_pop(&waiting))) {
+		if (!stb_snapshot_held(cow->snapshot)) {
+			stb_tracker_release(cow->tracker, bio);
+		} else if (bio_op(bio) == REQ_OP_DISCARD) {
+			/* Advisory: nothing is written, nothing has changed. */
+			stb_hook_released(1);
+			bio_endio(bio);
+		} else if (!stb_tracker_range(cow->tracker, bio, &r) ||
+			   cow_prepare(cow, r)) {
+			stb_tracker_release(cow->tracker, bio);
+		} else {
+			bio_list_add(&cow->waiting, bio);
+		}
+	}
+}
+
+static void cow_work(struct work_struct *work)
+{
+	struct stb_cow *cow = container_of(work, struct stb_cow, work);
+	unsigned int noio = memalloc_noio_save();
+	struct blk_plug plug;
+	LIST_HEAD(reads);
+
+	blk_start_plug(&plug);
+	cow_take_held(cow);
+	cow_collect(cow);
+	cow_serve_waiting(cow);
+	/* It may have failed in between, after some were put back. */
+	if (!stb_snapshot_held(cow->snapshot))
+		cow_serve_waiting(cow);
+
+	spin_lock_irq(&cow->lock);
+	list_splice_init(&cow->deferred, &reads);
+	spin_unlock_irq(&cow->lock);
+	stb_image_retry(cow, &reads);
+	blk_finish_plug(&plug);
+	memalloc_noio_restore(noio);
+}
+
+/**
+ * stb_cow_kick() - let the worker look at everything again
+ * @cow: cow
+ */
+void stb_cow_kick(struct stb_cow *cow)
+{
+	queue_work(stb_wq, &cow->work);
+}
+
+/**
+ * stb_cow_attach() - begin to preserve: the flip
+ * @cow: cow, whose tracker is gated
+ */
+void stb_cow_attach(struct stb_cow *cow)
+{
+	stb_tracker_set_mode(cow->tracker, STB_COW, cow);
+	stb_cow_kick(cow);
+}
+
+/**
+ * stb_cow_detach() - let every write pass and forget the tracker's list
+ * @cow: cow; its snapshot is no longer held
+ *
+ * When it returns no callback looks at @cow, and it holds no write.
+ */
+void stb_cow_detach(struct stb_cow *cow)
+{
+	struct stb_tracker *t = cow->tracker;
+
+	stb_tracker_set_mode(t, STB_PASS, NULL);
+	stb_cow_kick(cow);
+	flush_work(&cow->work);
+	raw_spin_lock_irq(&t->lock);
+	WARN_ON_ONCE(!bio_list_empty(&t->held));
+	if (rcu_access_pointer(t->cow) == cow)
+		RCU_INIT_POINTER(t->cow, NULL);
+	raw_spin_unlock_irq(&t->lock);
+	synchronize_rcu();
+}
+
+/**
+ * stb_cow_overdue() - is there a chunk that should have been safe long ago?
+ * @cow: cow
+ *
+ * Return: enum stillblock_reason.
+ */
+u32 stb_cow_overdue(struct stb_cow *cow)
+{
+	u32 reason = STILLBLOCK_REASON_NONE;
+	struct stb_job *job;
+
+	spin_lock_irq(&cow->lock);
+	list_for_each_entry(job, &cow->active, node) {
+		if (!time_after(jiffies, job->since + STB_JOB_TIMEOUT))
+			continue;
+		reason = job->state == STB_JOB_STORING &&
+			 job->stored < job->nr ?
+			 STILLBLOCK_REASON_STORE_TIMEOUT :
+			 STILLBLOCK_REASON_ORIGIN_ERROR;
+		break;
+	}
+	spin_unlock_irq(&cow->lock);
+	return reason;
+}
+
+/**
+ * stb_cow_find() - where the image finds the beginning of a range
+ * @cow: cow
+ * @r: in: sectors wanted; out: shortened to what lies in one place
+ * @reader: filled and registered for STB_PLACE_ORIGIN
+ * @slots: out: place of the first chunk, for STB_PLACE_STORE
+ */
+enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
+			    struct stb_reader *reader, struct stb_slots *slots)
+{
+	u64 chunk = stb_chunk_of(r->first);
+	u64 last = stb_last_chunk(*r);
+	enum stb_place place;
+	unsigned long flags;
+	void *entry;
+	u64 end;
+
+	spin_lock_irqsave(&cow->lock, flags);
+	if (!test_bit(chunk, cow->copied)) {
+		end = find_next_bit(cow->copied, last + 1, chunk);
+		reader->first = chunk;
+		reader->last = end - 1;
+		list_add(&reader->node, &cow->readers);
+		place = STB_PLACE_ORIGIN;
+		goto unlock;
+	}
+	end = chunk + 1;
+	entry = xa_load(&cow->slots, chunk);
+	if (!entry) {
+		place = STB_PLACE_IN_TRANSIT;
+		goto unlock;
+	}
+	place = STB_PLACE_ERROR;
+	if (WARN_ON_ONCE(!stb_store_find(&cow->snapshot->store,
+					 xa_to_value(entry), slots)))
+		goto unlock;
+	while (end <= last && end - chunk < slots->nr &&
+	       xa_load(&cow->slots, end) ==
+	       xa_mk_value(slots->slot + (end - chunk)))
+		end++;
+	place = STB_PLACE_STORE;
+unlock:
+	spin_unlock_irqrestore(&cow->lock, flags);
+	r->end = min_t(sector_t, r->end, end * STB_CHUNK_SECT);
+	return place;
+}
+
+/**
+ * stb_cow_reader_done() - an image read of the origin has ended
+ * @cow: cow
+ * @reader: what stb_cow_find() registered
+ *
+ * Context: any.
+ */
+void stb_cow_reader_done(struct stb_cow *cow, struct stb_reader *reader)
+{
+	unsigned long flags;
+	bool closed;
+
+	spin_lock_irqsave(&cow->lock, flags);
+	list_del(&reader->node);
+	closed = cow->nr_closed;
+	spin_unlock_irqrestore(&cow->lock, flags);
+	if (closed)
+		stb_cow_kick(cow);
+}
+
+/**
+ * stb_cow_all_clean() - does a whole range come from the origin?
+ * @cow: cow
+ * @r: sectors
+ *
+ * A hint, right at some moment during the call.
+ */
+bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r)
+{
+	u64 last = stb_last_chunk(r);
+
+	return find_next_bit(cow->copied, last + 1, stb_chunk_of(r.first)) >
+	       last;
+}
+
+static int cow_alloc_jobs(struct stb_cow *cow)
+{
+	unsigned int i, page;
+
+	cow->jobs = kvcalloc(STB_NR_JOBS, sizeof(*cow->jobs), GFP_KERNEL);
+	if (!cow->jobs)
+		return -ENOMEM;
+	for (i = 0; i < STB_NR_JOBS; i++) {
+		struct stb_job *job = &cow->jobs[i];
+
+		job->cow = cow;
+		list_add_tail(&job->node, &cow->free);
+		for (page = 0; page < STB_JOB_PAGES; page++) {
+			job->pages[page] = alloc_page(GFP_KERNEL);
+			if (!job->pages[page])
+				return -ENOMEM;
+		}
+	}
+	return 0;
+}
+
+/**
+ * stb_cow_init() - prepare copy-on-write of an origin
+ * @cow: cow to fill
+ * @snapshot: owner
+ * @t: origin; a reference is taken
+ *
+ * All memory of the write path is allocated here, before anything is held.
+ *
+ * Return: 0, or -ENOMEM; then stb_cow_destroy() is still to be called.
+ */
+int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
+		 struct stb_tracker *t)
+{
+	size_t bytes;
+
+	kref_get(&t->ref);
+	cow->snapshot = snapshot;
+	cow->tracker = t;
+	cow->nr_chunks = stb_nr_chunks(t->nr_sect);
+	xa_init(&cow->slots);
+	spin_lock_init(&cow->lock);
+	INIT_LIST_HEAD(&cow->readers);
+	INIT_LIST_HEAD(&cow->deferred);
+	INIT_LIST_HEAD(&cow->active);
+	INIT_LIST_HEAD(&cow->free);
+	bio_list_init(&cow->waiting);
+	INIT_WORK(&cow->work, cow_work);
+
+	bytes = BITS_TO_LONGS(cow->nr_chunks) * sizeof(long);
+	cow->copied = vzalloc(bytes);
+	cow->open = vzalloc(bytes);
+	if (!cow->copied || !cow->open)
+		return -ENOMEM;
+	return cow_alloc_jobs(cow);
+}
+
+/**
+ * stb_cow_destroy() - free everything
+ * @cow: cow; no I/O of it is in flight
+ */
+void stb_cow_destroy(struct stb_cow *cow)
+{
+	unsigned int i, page;
+
+	cancel_work_sync(&cow->work);
+	WARN_ON_ONCE(!bio_list_empty(&cow->waiting));
+	for (i = 0; cow->jobs && i < STB_NR_JOBS; i++)
+		for (page = 0; page < STB_JOB_PAGES; page++)
+			if (cow->jobs[i].pages[page])
+				__free_page(cow->jobs[i].pages[page]);
+	kvfree(cow->jobs);
+	vfree(cow->copied);
+	vfree(cow->open);
+	xa_destroy(&cow->slots);
+	stb_tracker_put(cow->tracker);
+}

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef STILLBLOCK_COW_H
+#define STILLBLOCK_COW_H
+
+#include <linux/bio.h>
+#include <linux/bitops.h>
+#include <linux/list.h>
+#include <linux/spinlock.h>
+#include <linux/workqueue.h>
+#include <linux/xarray.h>
+
+#include "geometry.h"
+#include "store.h"
+
+struct stb_snapshot;
+struct stb_tracker;
+
+/* Most data of one copy. Neighbouring jobs are merged by the plug. */
+#define STB_JOB_PAGES		16
+#define STB_JOB_CHUNKS		(STB_JOB_PAGES / STB_CHUNK_PAGES)
+/* Copies under way at once per image: 2 MiB of buffers. */
+#define STB_NR_JOBS		32
+/* A chunk that is not safe by then fails the snapshot. */
+#define STB_JOB_TIMEOUT		(30 * HZ)
+
+/*
+ * A copy of up to STB_JOB_CHUNKS neighbouring chunks.
+ *
+ *   FREE -> READING -> STORING -> (stored and opened) -> FREE
+ *
+ * READING: old data is on its way from the origin into the job's pages.
+ * STORING: it is safe in memory and on its way to the store; image reads of
+ *          these chunks wait for the store. As soon as no image read of them
+ *          is in flight to the origin, they are open: writes may pass.
+ */
+enum stb_job_state {
+	STB_JOB_FREE,
+	STB_JOB_READING,
+	STB_JOB_STORING,
+};
+
+/**
+ * struct stb_job - one copy
+ * @node: in cow->free, cow->active or both lists' hand-over
+ * @cow: owner
+ * @state: see enum stb_job_state
+ * @first: first chunk
+ * @nr: chunks
+ * @stored: chunks that are in the store
+ * @storing: chunks that the write under way carries
+ * @slot: store slot of the write under way
+ * @opened: the chunks are open
+ * @done: the I/O under way has ended; set by its completion
+ * @since: jiffies at the start
+ * @bio: the I/O under way
+ * @bvecs: its vector
+ * @pages: the data
+ */
+struct stb_job {
+	struct list_head node;
+	struct stb_cow *cow;
+	enum stb_job_state state;
+	u64 first;
+	unsigned int nr;
+	unsigned int stored;
+	unsigned int storing;
+	u64 slot;
+	bool opened;
+	bool done;
+	unsigned long since;
+	struct bio bio;
+	struct bio_vec bvecs[STB_JOB_PAGES];
+	struct page *pages[STB_JOB_PAGES];
+};
+
+/**
+ * struct stb_reader - an image read in flight to the origin
+ * @node: in cow->readers
+ * @first: first chunk
+ * @last: last chunk
+ */
+struct stb_reader {
+	struct list_head node;
+	u64 first;
+	u64 last;
+};
+
+/**
+ * struct stb_cow - copy-on-write of one origin for one snapshot
+ * @snapshot: owner
+ * @tracker: origin
+ * @nr_chunks: chunks of the origin
+ * @copied: bit per chunk: image reads no longer go to the origin. Changed
+ *	under @lock
+ * @open: bit per chunk: writes may pass. Set after @copied, once all image
+ *	reads that began before it have ended. Read without a lock by the hook
+ * @slots: chunk -> slot of the store, for chunks that are stored
+ * @lock: protects @readers, @deferred, @active, changes of the bitmaps and
+ *	job->done
+ * @readers: image reads in flight to the origin
+ * @deferred: image reads for @work: mixed, or waiting for a chunk to be stored
+ * @active: jobs under way
+ * @free: jobs that are not; worker only
+ * @nr_closed: jobs whose chunks wait for readers before they open
+ * @waiting: held writes that the worker has taken over; worker only
+ * @work: does everything
+ * @jobs: all jobs
+ */
+struct stb_cow {
+	struct stb_snapshot *snapshot;
+	struct stb_tracker *tracker;
+	u64 nr_chunks;
+	unsigned long *copied;
+	unsigned long *open;
+	struct xarray slots;
+	spinlock_t lock;
+	struct list_head readers;
+	struct list_head deferred;
+	struct list_head active;
+	struct list_head free;
+	unsigned int nr_closed;
+	struct bio_list waiting;
+	struct work_struct work;
+	struct stb_job *jobs;
+};
+
+/* Where the image finds a run of chunks. */
+enum stb_place {
+	STB_PLACE_ORIGIN,	/* the reader has been registered */
+	STB_PLACE_STORE,
+	STB_PLACE_IN_TRANSIT,	/* on its way to the store: wait */
+	STB_PLACE_ERROR,
+};
+
+int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
+		 struct stb_tracker *t);
+void stb_cow_destroy(struct stb_cow *cow);
+void stb_cow_attach(struct stb_cow *cow);
+void stb_cow_detach(struct stb_cow *cow);
+void stb_cow_kick(struct stb_cow *cow);
+u32 stb_cow_overdue(struct stb_cow *cow);
+
+enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
+			    struct stb_reader *reader, struct stb_slots *slots);
+void stb_cow_reader_done(struct stb_cow *cow, struct stb_reader *reader);
+bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r);
+
+static inline struct work_struct *stb_cow_work(struct stb_cow *cow)
+{
+	return &cow->work;
+}
+
+/**
+ * stb_cow_is_open() - may a write to a range pass?
+ * @cow: cow
+ * @r: sectors
+ *
+ * Called from the ftrace callback.
+ */
+static __always_inline bool stb_cow_is_open(struct stb_cow *cow,
+					    struct stb_range r)
+{
+	u64 last = stb_last_chunk(r);
+
+	return find_next_zero_bit(cow->open, last + 1,
+				  stb_chunk_of(r.first)) > last;
+}
+
+#endif /* STILLBLOCK_COW_H */

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef STILLBLOCK_MAIN_H
+#define STILLBLOCK_MAIN_H
+
+#include <linux/workqueue.h>
+
+/* All work of the module; its workers make progress under memory pressure. */
+extern struct workqueue_struct *stb_wq;
+
+/*
+ * Lock order, outermost first:
+ *   control mutex > hook_mutex
+ *   control mutex > cow->lock > store->lock
+ *   control mutex > snapshot->lock
+ *   tracker->lock is taken inside the ftrace callback, under whatever locks a
+ *   submitter of I/O holds: nothing but the work queue is used inside it.
+ */
+void stb_control_lock(void);
+void stb_control_unlock(void);
+void stb_assert_control(void);
+
+int stb_control_init(void);
+void stb_control_exit(void);
+
+#endif /* STILLBLOCK_MAIN_H */

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Trackers: attach and detach, what happens to held writes outside of
+ * copy-on-write, and the gate that stops all writes of a device for the switch.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/blk-mq.h>
+#include <linux/delay.h>
+#include <linux/mempool.h>
+#include <linux/module.h>
+#include <linux/sched/mm.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <linux/xarray.h>
+
+#include "cow.h"
+#include "hook.h"
+#include "image.h"
+#include "main.h"
+#include "trace.h"
+#include "tracker.h"
+
+/* Writes counted at once while a take is under way, before the worker waits. */
+#define STB_COUNTED_POOL	256
+
+/* All trackers by id, under the control mutex. */
+static DEFINE_XARRAY(trackers);
+static u64 last_id;
+
+/* A write that is counted until it completes. */
+struct stb_counted {
+	struct stb_tracker *t;
+	bio_end_io_t *end_io;
+	void *private;
+};
+
+static struct kmem_cache *counted_cache;
+static mempool_t *counted_pool;
+static DECLARE_WAIT_QUEUE_HEAD(counted_wait);
+
+static void counted_end_io(struct bio *bio)
+{
+	struct stb_counted *c = bio->bi_private;
+	struct stb_tracker *t = c->t;
+
+	bio->bi_private = c->private;
+	bio->bi_end_io = c->end_io;
+	mempool_free(c, counted_pool);
+	if (atomic_dec_and_test(&t->counted))
+		wake_up_all(&counted_wait);
+	if (bio->bi_end_io)
+		bio->bi_end_io(bio);
+}
+
+/*
+ * Pass a write on and know when it has completed. The callback cannot do that
+ * (it may not allocate), which is why writes are routed through a worker from
+ * shortly before a take until its gate.
+ */
+static void tracker_route(struct stb_tracker *t, struct bio *bio)
+{
+	struct stb_counted *c = mempool_alloc(counted_pool, GFP_NOIO);
+
+	c->t = t;
+	c->end_io = bio->bi_end_io;
+	c->private = bio->bi_private;
+	bio->bi_end_io = counted_end_io;
+	bio->bi_private = c;
+	atomic_inc(&t->counted);
+	stb_tracker_release(t, bio);
+}
+
+/**
+ * stb_tracker_release() - let a held write go
+ * @t: tracker that held it
+ * @bio: write, on no list
+ *
+ * It is marked now, with the number that is in force now: a write that was
+ * held across the flip belongs to the new epoch.
+ */
+void stb_tracker_release(struct stb_tracker *t, struct bio *bio)
+{
+	struct stb_range r;
+
+	if (stb_tracker_range(t, bio, &r))
+		stb_change_map_mark(&t->map, r);
+	trace_stillblock_release(t->id, r.first, r.end - r.first);
+	stb_hook_released(1);
+	stb_hook_resume(bio, t);
+}
+
+/* Held writes of every mode but STB_COW. */
+static void tracker_work(struct work_struct *work)
+{
+	struct stb_tracker *t = container_of(work, struct stb_tracker, work);
+	unsigned int noio = memalloc_noio_save();
+	struct blk_plug plug;
+
+	blk_start_plug(&plug);
+	for (;;) {
+		enum stb_mode mode;
+		struct bio *bio = NULL;
+
+		raw_spin_lock_irq(&t->lock);
+		mode = t->mode;
+		if (mode == STB_COUNT || mode == STB_PASS)
+			bio = bio_list_pop(&t->held);
+		raw_spin_unlock_irq(&t->lock);
+		if (!bio)
+			break;
+		if (mode == STB_COUNT)
+			tracker_route(t, bio);
+		else
+			stb_tracker_release(t, bio);
+	}
+	blk_finish_plug(&plug);
+	memalloc_noio_restore(noio);
+}
+
+/**
+ * stb_tracker_set_mode() - the only place where a tracker's mode changes
+ * @t: tracker
+ * @mode: new mode; see the transitions above enum stb_mode
+ * @cow: with STB_COW, who preserves; else NULL
+ *
+ * @t->cow is left as it is when the mode becomes STB_PASS: its worker still
+ * releases what it holds. stb_cow_detach() clears it.
+ */
+void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
+			  struct stb_cow *cow)
+{
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&t->lock, flags);
+	if (cow)
+		rcu_assign_pointer(t->cow, cow);
+	/*
+	 * Pairs with the acquire in hook_hold(): who sees the mode sees the
+	 * number and the bitmaps that belong to it.
+	 */
+	smp_store_release(&t->mode, mode);
+	raw_spin_unlock_irqrestore(&t->lock, flags);
+}
+
+/* Writes that a bio-based driver has accounted and not completed. */
+static unsigned int tracker_inflight(struct stb_tracker *t)
+{
+	struct block_device *part;
+	unsigned int nr = 0;
+	unsigned long i;
+	int cpu;
+
+	rcu_read_lock();
+	xa_for_each(&t->disk->part_tbl, i, part)
+		for_each_possible_cpu(cpu)
+			nr += part_stat_local_read_cpu(part, in_flight[1], cpu);
+	rcu_read_unlock();
+	return nr;
+}
+
+/*
+ * Wait for writes that passed before they were counted. Their submitters have
+ * long entered the queue (the take waited for RCU tasks), so an empty queue is
+ * the proof. Request-based queues are emptied by a freeze of the queue, which
+ * new reads wait out; bio-based drivers account what they have in flight.
+ */
+static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
+{
+	struct request_queue *q = t->disk->queue;
+	long left = max_t(long, deadline - jiffies, 1);
+	int ret = 0;
+
+	if (!queue_is_mq(q)) {
+		while (tracker_inflight(t)) {
+			if (time_after(jiffies, deadline))
+				return -ETIMEDOUT;
+			usleep_range(100, 200);
+		}
+		return 0;
+	}
+	blk_freeze_queue_start(q);
+	if (blk_mq_freeze_queue_wait_timeout(q, left) <= 0)
+		ret = -ETIMEDOUT;
+	blk_mq_unfreeze_queue(q);
+	return ret;
+}
+
+/**
+ * stb_tracker_gate() - hold every write and wait for those in flight
+ * @t: tracker in STB_COUNT. Of stacked trackers the upper one is gated first,
+ *	or its writes would wait at the gate of the lower one for ever
+ * @deadline: jiffies
+ *
+ * Return: 0 when no write of the device is in flight and none will start until
+ * the mode changes; -ETIMEDOUT.
+ */
+int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline)
+{
+	long left;
+
+	stb_tracker_set_mode(t, STB_GATE, NULL);
+	/* The worker may have taken a write off the list and not counted it yet. */
+	flush_work(&t->work);
+	left = max_t(long, deadline - jiffies, 1);
+	if (!wait_event_timeout(counted_wait, !atomic_read(&t->counted), left))
+		return -ETIMEDOUT;
+	return tracker_drain_queue(t, deadline);
+}
+
+/**
+ * stb_tracker_ungate() - give a take up
+ * @t: tracker in STB_COUNT or STB_GATE
+ *
+ * All held writes go on, marked with the number that is still in force.
+ */
+void stb_tracker_ungate(struct stb_tracker *t)
+{
+	stb_tracker_set_mode(t, STB_PASS, NULL);
+	queue_work(stb_wq, &t->work);
+	flush_work(&t->work);
+}
+
+/**
+ * stb_tracker_stale() - is the device other than it was at attach?
+ * @t: tracker
+ */
+bool stb_tracker_stale(struct stb_tracker *t)
+{
+	return bdev_nr_sectors(t->dev.bdev) != t->nr_sect ||
+	       !disk_live(t->disk);
+}
+
+static void tracker_free(struct kref *ref)
+{
+	struct stb_tracker *t = container_of(ref, struct stb_tracker, ref);
+
+	stb_change_map_destroy(&t->map);
+	free_percpu(t->nr_writes);
+	stb_bdev_close(&t->dev);
+	kfree(t);
+}
+
+/**
+ * stb_tracker_put() - give a reference back
+ * @t: tracker
+ */
+void stb_tracker_put(struct stb_tracker *t)
+{
+	kref_put(&t->ref, tracker_free);
+}
+
+/**
+ * stb_tracker_find() - find a tracker by its id
+ * @id: id
+ *
+ * Context: control mutex held.
+ * Return: the tracker, without a reference, or NULL.
+ */
+struct stb_tracker *stb_tracker_find(u64 id)
+{
+	stb_assert_control();
+	return id <= U32_MAX ? xa_load(&trackers, id) : NULL;
+}
+
+static u32 tracker_unsuitable(struct block_device *bdev, unsigned int shift)
+{
+	if (bdev_is_zoned(bdev))
+		return STILLBLOCK_REASON_ZONED;
+	if (stb_is_dax(bdev->bd_disk))
+		return STILLBLOCK_REASON_DAX;
+	if (stb_has_rw_page(bdev->bd_disk) || stb_is_image(bdev->bd_disk))
+		return STILLBLOCK_REASON_BYPASSES_BIO;
+	if (bdev_nr_sectors(bdev) < 1ull << (shift - SECTOR_SHIFT))
+		return STILLBLOCK_REASON_TOO_SMALL;
+	return STILLBLOCK_REASON_NONE;
+}
+
+static struct stb_tracker *tracker_of(struct block_device *bdev)
+{
+	struct stb_tracker *t;
+	unsigned long id;
+
+	xa_for_each(&trackers, id, t)
+		if (t->dev.bdev == bdev)
+			return t;
+	return NULL;
+}
+
+/* Resolve a descriptor of user space to the device that it has open. */
+static int tracker_dev_of_fd(int fd, dev_t *dev)
+{
+	struct fd f = fdget(fd);
+	struct file *file = stb_fd_file(f);
+	int ret = 0;
+
+	if (!file)
+		return -EBADF;
+	if (S_ISBLK(file_inode(file)->i_mode))
+		*dev = file_inode(file)->i_rdev;
+	else
+		ret = -ENOTBLK;
+	fdput(f);
+	return ret;
+}
+
+static int tracker_open(struct stb_tracker *t, dev_t dev, u32 block_size,
+			u32 *reason)
+{
+	struct stb_tracker *other;
+	unsigned int shift;
+	int ret;
+
+	ret = stb_bdev_open(dev, &t->dev);
+	if (ret) {
+		*reason = STILLBLOCK_REASON_GONE;
+		return ret;
+	}
+	t->disk = t->dev.bdev->bd_disk;
+	t->start = t->dev.bdev->bd_start_sect;
+	t->nr_sect = bdev_nr_sectors(t->dev.bdev);
+	shift = block_size ? ilog2(block_size) : stb_block_shift(t->nr_sect);
+	*reason = tracker_unsuitable(t->dev.bdev, shift);
+	ret = -EOPNOTSUPP;
+	if (*reason)
+		goto close;
+	other = tracker_of(t->dev.bdev);
+	ret = -EEXIST;
+	if (other) {
+		*reason = STILLBLOCK_REASON_ALREADY_ATTACHED;
+		goto close;
+	}
+	if (stb_nr_blocks(t->nr_sect, shift) > STB_MAP_MAX_BYTES) {
+		*reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
+		ret = -EINVAL;
+		goto close;
+	}
+	ret = stb_change_map_init(&t->map, t->nr_sect, shift);
+	if (ret) {
+		*reason = STILLBLOCK_REASON_NO_MEMORY;
+		goto close;
+	}
+	return 0;
+
+close:
+	stb_bdev_close(&t->dev);
+	return ret;
+}
+
+/**
+ * stb_tracker_attach() - begin to track a device
+ * @args: STILLBLOCK_IOC_ATTACH
+ *
+ * Context: control mutex held.
+ * Return: 0 or a negative errno, with @args->reason.
+ */
+int stb_tracker_attach(struct stillblock_attach *args)
+{
+	struct stb_tracker *t;
+	dev_t dev;
+	int ret;
+
+	stb_assert_control();
+	if (args->flags)
+		return -EINVAL;
+	if (args->block_size &&
+	    (!is_power_of_2(args->block_size) ||
+	     args->block_size < 1u << STB_BLOCK_SHIFT_MIN ||
+	     args->block_size > 1u << STB_BLOCK_SHIFT_MAX)) {
+		args->reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
+		return -EINVAL;
+	}
+	ret = tracker_dev_of_fd(args->bdev_fd, &dev);
+	if (ret) {
+		args->reason = STILLBLOCK_REASON_NOT_BLOCK_DEVICE;
+		return ret;
+	}
+
+	args->reason = STILLBLOCK_REASON_NO_MEMORY;
+	t = kzalloc(sizeof(*t), GFP_KERNEL);
+	if (!t)
+		return -ENOMEM;
+	ret = -ENOMEM;
+	t->nr_writes = alloc_percpu(u64);
+	if (!t->nr_writes)
+		goto free;
+	kref_init(&t->ref);
+	raw_spin_lock_init(&t->lock);
+	bio_list_init(&t->held);
+	INIT_WORK(&t->work, tracker_work);
+	atomic_set(&t->counted, 0);
+	atomic64_set(&t->nr_held_writes, 0);
+	t->mode = STB_PASS;
+
+	args->reason = STILLBLOCK_REASON_NONE;
+	ret = tracker_open(t, dev, args->block_size, &args->reason);
+	if (ret)
+		goto free_percpu;
+
+	t->id = last_id + 1;
+	ret = xa_insert(&trackers, t->id, t, GFP_KERNEL);
+	if (ret) {
+		args->reason = STILLBLOCK_REASON_NO_MEMORY;
+		goto close;
+	}
+	ret = stb_hook_add(t, &args->reason);
+	if (ret)
+		goto erase;
+	last_id = t->id;
+	/* A module with trackers is in use: their history would be lost. */
+	__module_get(THIS_MODULE);
+	args->tracker = t->id;
+	pr_info("%pg: tracked, generation %pU\n", t->dev.bdev,
+		&t->map.generation);
+	return 0;
+
+erase:
+	xa_erase(&trackers, t->id);
+close:
+	stb_change_map_destroy(&t->map);
+	stb_bdev_close(&t->dev);
+free_percpu:
+	free_percpu(t->nr_writes);
+free:
+	kfree(t);
+	return ret;
+}
+
+/**
+ * stb_tracker_detach() - end the tracking of a device and its history
+ * @args: STILLBLOCK_IOC_DETACH
+ *
+ * Context: control mutex held.
+ * Return: 0 or a negative errno, with @args->reason.
+ */
+int stb_tracker_detach(struct stillblock_detach *args)
+{
+	struct stb_tracker *t;
+
+	stb_assert_control();
+	if (args->flags)
+		return -EINVAL;
+	t = stb_tracker_find(args->tracker);
+	if (!t) {
+		args->reason = STILLBLOCK_REASON_NOT_ATTACHED;
+		return -ENOENT;
+	}
+	if (t->snapshot) {
+		args->reason = STILLBLOCK_REASON_IN_SNAPSHOT;
+		return -EBUSY;
+	}
+	xa_erase(&trackers, t->id);
+	stb_hook_remove(t);
+	flush_work(&t->work);
+	/* Writes of a take that was given up may be counted still. */
+	wait_event(counted_wait, !atomic_read(&t->counted));
+	pr_info("%pg: no longer tracked\n", t->dev.bdev);
+	stb_tracker_put(t);
+	module_put(THIS_MODULE);
+	return 0;
+}
+
+static void tracker_describe(struct stb_tracker *t,
+			     struct stillblock_tracker *out)
+{
+	int cpu;
+
+	memset(out, 0, sizeof(*out));
+	out->tracker = t->id;
+	out->major = MAJOR(t->dev.bdev->bd_dev);
+	out->minor = MINOR(t->dev.bdev->bd_dev);
+	out->nr_sect = t->nr_sect;
+	out->block_size = 1u << t->map.block_shift;
+	if (t->snapshot)
+		out->flags |= STILLBLOCK_TRACKER_IN_SNAPSHOT;
+	if (stb_tracker_stale(t))
+		out->flags |= STILLBLOCK_TRACKER_STALE;
+	memcpy(out->generation, &t->map.generation, sizeof(out->generation));
+	out->number = t->map.number;
+	for_each_possible_cpu(cpu)
+		out->nr_writes += *per_cpu_ptr(t->nr_writes, cpu);
+	out->nr_held_writes = atomic64_read(&t->nr_held_writes);
+}
+
+/**
+ * stb_tracker_list() - describe all trackers
+ * @args: STILLBLOCK_IOC_LIST
+ *
+ * Context: control mutex held.
+ * Return: 0 or -EFAULT.
+ */
+int stb_tracker_list(struct stillblock_list *args)
+{
+	struct stillblock_tracker __user *to = u64_to_user_ptr(args->trackers);
+	struct stillblock_tracker out;
+	struct stb_tracker *t;
+	unsigned long id;
+
+	stb_assert_control();
+	args->count = 0;
+	xa_for_each(&trackers, id, t) {
+		if (args->count < args->capacity) {
+			tracker_describe(t, &out);
+			if (copy_to_user(to + args->count, &out, sizeof(out)))
+				return -EFAULT;
+		}
+		args->count++;
+	}
+	return 0;
+}
+
+/**
+ * stb_tracker_init() - prepare for trackers
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int stb_tracker_init(void)
+{
+	counted_cache = KMEM_CACHE(stb_counted, 0);
+	if (!counted_cache)
+		return -ENOMEM;
+	counted_pool = mempool_create_slab_pool(STB_COUNTED_POOL,
+						counted_cache);
+	if (!counted_pool) {
+		kmem_cache_destroy(counted_cache);
+		return -ENOMEM;
+	}
+	return 0;
+}
+
+/**
+ * stb_tracker_exit() - undo stb_tracker_init(); there is no tracker left
+ */
+void stb_tracker_exit(void)
+{
+	WARN_ON(!xa_empty(&trackers));
+	xa_destroy(&trackers);
+	mempool_destroy(counted_pool);
+	kmem_cache_destroy(counted_cache);
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef STILLBLOCK_TRACKER_H
+#define STILLBLOCK_TRACKER_H
+
+#include <linux/atomic.h>
+#include <linux/bio.h>
+#include <linux/kref.h>
+#include <linux/rculist.h>
+#include <linux/spinlock.h>
+#include <linux/workqueue.h>
+
+#include <linux/stillblock.h>
+
+#include "change_map.h"
+#include "compat.h"
+#include "geometry.h"
+
+struct stb_cow;
+struct stb_snapshot;
+
+/*
+ * What happens to a write of a tracked device.
+ *
+ *           take                gate               flip
+ *   PASS ----------> COUNT ----------> GATE ----------> COW
+ *    ^                 |                 |                |
+ *    +-----------------+-----------------+----------------+
+ *        take given up                     snapshot failed or ended
+ *
+ * Changed by stb_tracker_set_mode() alone.
+ */
+enum stb_mode {
+	STB_PASS,	/* marked and passed */
+	STB_COUNT,	/* held, marked, counted until its completion and passed on */
+	STB_GATE,	/* held until the flip */
+	STB_COW,	/* held only while old data beneath it is being preserved */
+};
+
+/**
+ * struct stb_tracker - one tracked device
+ * @node: in the hook's table, by @disk; RCU
+ * @ref: references: the table and each snapshot
+ * @id: never used twice; trackers of one disk are chained by rising id
+ * @dev: the device, held open
+ * @disk: its disk: the lookup key
+ * @start: absolute first sector on @disk
+ * @nr_sect: size, sectors
+ * @map: change map
+ * @lock: protects @held, changes of @mode and of @cow. Taken inside the ftrace
+ *	callback with interrupts off; innermost of all locks
+ * @mode: see enum stb_mode; read without the lock, then checked again under it
+ * @held: writes that wait
+ * @cow: where @held goes in STB_COW; RCU
+ * @work: routes @held in every mode but STB_COW
+ * @counted: writes passed on in STB_COUNT that have not completed
+ * @snapshot: the snapshot that it belongs to; under the control mutex
+ * @nr_writes: per CPU
+ * @nr_held_writes: all writes that were ever held
+ */
+struct stb_tracker {
+	struct hlist_node node;
+	struct kref ref;
+	u64 id;
+	struct stb_bdev dev;
+	struct gendisk *disk;
+	sector_t start;
+	sector_t nr_sect;
+	struct stb_change_map map;
+	raw_spinlock_t lock;
+	enum stb_mode mode;
+	struct bio_list held;
+	struct stb_cow __rcu *cow;
+	struct work_struct work;
+	atomic_t counted;
+	struct stb_snapshot *snapshot;
+	u64 __percpu *nr_writes;
+	atomic64_t nr_held_writes;
+};
+
+int stb_tracker_attach(struct stillblock_attach *args);
+int stb_tracker_detach(struct stillblock_detach *args);
+int stb_tracker_list(struct stillblock_list *args);
+struct stb_tracker *stb_tracker_find(u64 id);
+void stb_tracker_put(struct stb_tracker *t);
+bool stb_tracker_stale(struct stb_tracker *t);
+
+void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
+			  struct stb_cow *cow);
+int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline);
+void stb_tracker_ungate(struct stb_tracker *t);
+void stb_tracker_release(struct stb_tracker *t, struct bio *bio);
+
+int stb_tracker_init(void);
+void stb_tracker_exit(void);
+
+/**
+ * stb_tracker_range() - the part of a bio that touches a tracker
+ * @t: tracker
+ * @bio: bio for the tracker's disk, not yet submitted
+ * @r: out: sectors relative to the tracked device
+ *
+ * A bio carries sectors of its bdev until the block layer has remapped it to
+ * the whole disk (BIO_REMAPPED): comparing absolute sectors sees a write to
+ * sda1 through sda and the other way round.
+ *
+ * Return: false when they do not touch.
+ */
+static __always_inline bool stb_tracker_range(struct stb_tracker *t,
+					      struct bio *bio,
+					      struct stb_range *r)
+{
+	sector_t first = bio->bi_iter.bi_sector;
+	sector_t end;
+
+	if (!bio_flagged(bio, BIO_REMAPPED))
+		first += bio->bi_bdev->bd_start_sect;
+	end = first + bio_sectors(bio);
+	if (end <= t->start || first >= t->start + t->nr_sect)
+		return false;
+	r->first = max(first, t->start) - t->start;
+	r->end = min(end, t->start + t->nr_sect) - t->start;
+	return true;
+}
+
+#endif /* STILLBLOCK_TRACKER_H */
