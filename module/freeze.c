@@ -41,7 +41,7 @@ struct stb_freeze {
 	struct kref ref;
 	struct work_struct work;
 	struct completion done;
-	struct mutex lock;
+	struct mutex lock;	/* all below */
 	bool over;
 	u32 nr_frozen;
 	int ret;

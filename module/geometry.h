@@ -16,7 +16,7 @@
  * bytes per byte first overwritten; neighbouring chunks travel in one I/O.
  */
 #define STB_CHUNK_SHIFT		14
-#define STB_CHUNK_SIZE		(1u << STB_CHUNK_SHIFT)
+#define STB_CHUNK_SIZE		((u32)BIT(STB_CHUNK_SHIFT))
 #define STB_CHUNK_SECT		(STB_CHUNK_SIZE >> SECTOR_SHIFT)
 #define STB_CHUNK_PAGES		(STB_CHUNK_SIZE >> PAGE_SHIFT)
 

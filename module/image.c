@@ -27,7 +27,6 @@
 #include "tracker.h"
 
 #define STB_IMAGE_POOL	64
-#define STB_IMAGE_MINORS	(1u << MINORBITS)
 
 /**
  * struct stb_image_read - a read of an image
@@ -292,7 +291,7 @@ int stb_image_init(struct stb_image *image, struct stb_snapshot *snapshot,
 	image->map = vmalloc(image->nr_blocks);
 	if (!image->map)
 		return -ENOMEM;
-	ret = ida_alloc_max(&image_minors, STB_IMAGE_MINORS - 1, GFP_KERNEL);
+	ret = ida_alloc_max(&image_minors, MINORMASK, GFP_KERNEL);
 	if (ret < 0)
 		return ret;
 	image->minor = ret;

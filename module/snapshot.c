@@ -271,10 +271,10 @@ static int snapshot_add_stores(struct stb_snapshot *s,
 	return 0;
 }
 
-/* Count writes from here on, and wait for those that passed uncounted to
- * enter their queues: a task may have been preempted between the hook and the
- * queue, and only RCU tasks knows when it has moved on. Nothing is frozen and
- * nothing is held up meanwhile.
+/*
+ * Count writes from here on, and wait for those that passed uncounted to their queues: a task may have been preempted between the hook and the queue,
+ * and only RCU tasks knows when it has moved on. Nothing is frozen and nothing
+ * is held up meanwhile.
  */
 static void snapshot_count(struct stb_snapshot *s)
 {
@@ -294,6 +294,27 @@ static void snapshot_uncount(struct stb_snapshot *s)
 		stb_tracker_ungate(s->images[i].cow.tracker);
 }
 
+/*
+ * The tracker to gate before or together with that of image @i: on one disk
+ * they are gated by rising id, as a bio passes them. The other way round, a
+ * write counted by the first would wait at the gate of the second for ever.
+ */
+static struct stb_tracker *snapshot_next_to_gate(struct stb_snapshot *s, u32 i)
+{
+	struct gendisk *disk = s->images[i].cow.tracker->disk;
+	struct stb_tracker *first = NULL;
+	u32 j;
+
+	for (j = i; j < s->nr_images; j++) {
+		struct stb_tracker *t = s->images[j].cow.tracker;
+
+		if (t->disk == disk && t->mode == STB_COUNT &&
+		    (!first || t->id < first->id))
+			first = t;
+	}
+	return first;
+}
+
 /* Gate all, drain all, flip all. */
 static int snapshot_switch(struct stb_snapshot *s, struct stillblock_take *args)
 {
@@ -302,12 +323,16 @@ static int snapshot_switch(struct stb_snapshot *s, struct stillblock_take *args)
 	u32 i;
 
 	for (i = 0; i < s->nr_images; i++) {
-		int ret = stb_tracker_gate(s->images[i].cow.tracker, deadline);
+		struct stb_tracker *t;
 
-		if (ret) {
-			args->reason = STILLBLOCK_REASON_DRAIN_TIMEOUT;
-			args->culprit = i;
-			return ret;
+		while ((t = snapshot_next_to_gate(s, i))) {
+			int ret = stb_tracker_gate(t, deadline);
+
+			if (ret) {
+				args->reason = STILLBLOCK_REASON_DRAIN_TIMEOUT;
+				args->culprit = i;
+				return ret;
+			}
 		}
 	}
 	s->taken_ns = ktime_get_real_ns();

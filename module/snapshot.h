@@ -53,7 +53,7 @@ enum stb_snapshot_phase {
  */
 struct stb_snapshot {
 	struct kref ref;
-	spinlock_t lock;
+	spinlock_t lock;	/* phase changes, reason, events */
 	enum stb_snapshot_phase phase;
 	u32 reason;
 	u32 nr_images;
@@ -82,11 +82,12 @@ void stb_snapshot_low(struct stb_snapshot *s);
  * stb_snapshot_held() - are its images right?
  * @s: snapshot
  *
- * An image read asks after its data has arrived. Pairs with the release in
- * snapshot_set_state(), which comes before any write passes unpreserved.
+ * An image read asks after its data has arrived: the phase changes before any
+ * write passes unpreserved.
  */
 static inline bool stb_snapshot_held(struct stb_snapshot *s)
 {
+	/* Pairs with the release in snapshot_set_state(). */
 	return smp_load_acquire(&s->phase) == STB_SNAPSHOT_HELD;
 }
 

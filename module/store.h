@@ -42,7 +42,7 @@ struct stb_store_piece {
  * @files: pinned files; changed under the control mutex
  */
 struct stb_store {
-	spinlock_t lock;
+	spinlock_t lock;	/* all below but files */
 	struct stb_store_piece *pieces;
 	u32 nr_pieces;
 	u64 capacity;

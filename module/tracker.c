@@ -81,7 +81,7 @@ static void tracker_route(struct stb_tracker *t, struct bio *bio)
  */
 void stb_tracker_release(struct stb_tracker *t, struct bio *bio)
 {
-	struct stb_range r;
+	struct stb_range r = {};
 
 	if (stb_tracker_range(t, bio, &r))
 		stb_change_map_mark(&t->map, r);

@@ -49,12 +49,12 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_NOT_BLOCK_DEVICE	= 1,
 	STILLBLOCK_REASON_ZONED			= 2,
 	STILLBLOCK_REASON_DAX			= 3,
-	STILLBLOCK_REASON_BYPASSES_BIO		= 4,	/* rw_page, request-based multipath path */
+	STILLBLOCK_REASON_BYPASSES_BIO		= 4,	/* rw_page driver, own image */
 	STILLBLOCK_REASON_TOO_SMALL		= 5,	/* device under one tracking block */
 	STILLBLOCK_REASON_ALREADY_ATTACHED	= 6,
 	STILLBLOCK_REASON_NOT_ATTACHED		= 7,
-	STILLBLOCK_REASON_IN_SNAPSHOT		= 8,	/* tracker already belongs to a held snapshot */
-	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter holds submit_bio_noacct */
+	STILLBLOCK_REASON_IN_SNAPSHOT		= 8,	/* of a held snapshot */
+	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter is there */
 	STILLBLOCK_REASON_HOOK_UNAVAILABLE	= 10,
 	STILLBLOCK_REASON_NO_MEMORY		= 11,
 	STILLBLOCK_REASON_RESIZED		= 12,
@@ -64,7 +64,7 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_ALREADY_FROZEN	= 16,
 	STILLBLOCK_REASON_DRAIN_TIMEOUT		= 17,
 	STILLBLOCK_REASON_STORE_NOT_FILE	= 18,
-	STILLBLOCK_REASON_STORE_UNSUITABLE	= 19,	/* shared, inline, encoded or foreign extents */
+	STILLBLOCK_REASON_STORE_UNSUITABLE	= 19,
 	STILLBLOCK_REASON_STORE_TOO_SMALL	= 20,
 	STILLBLOCK_REASON_STORE_ON_ORIGIN	= 21,
 	STILLBLOCK_REASON_STORE_FULL		= 22,	/* overflow */
@@ -204,7 +204,7 @@ struct stillblock_store {
 /**
  * struct stillblock_take - take one snapshot of several trackers at one instant
  * @trackers: array of __u64 ids. Stacked devices come top down: a dm device
- *	before the disks beneath it
+ *	before everything on the disks beneath it
  * @mounts: array of __s32 descriptors, one open file or folder on each file
  *	system to freeze. Stacked ones come top down, too
  * @stores: array of struct stillblock_store, shared by all images
