@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+// A guest with a stock kernel in QEMU. Its root is the host's own root, read
+// only, under an overlay in memory, so that the same Node, tools and checkout
+// are inside; its disks are scratch files; its ports are forwarded to the
+// host's loopback. QEMU dies with this process, however that ends.
+
+import { type ChildProcess, spawn } from 'node:child_process';
+import {
+  closeSync,
+  ftruncateSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
+import { mkdir, readFile, rename, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { dirname, join } from 'node:path';
+import type { Duplex } from 'node:stream';
+import { setTimeout as delay } from 'node:timers/promises';
+import { cacheFolder, type KernelName, modulePath, stockKernel } from './checkout.ts';
+import { type CommandResult, GuestCommand } from './command.ts';
+import { findComplaints } from './console.ts';
+import { buildInitrd, shellQuote } from './initrd.ts';
+import { Qmp } from './qmp.ts';
+
+/** A data disk: virtio-blk whose serial number is its name. */
+export interface GuestDisk {
+  /** At most 20 bytes, the length of a virtio-blk serial number. */
+  readonly name: string;
+  readonly sizeBytes: number;
+  /** A raw file of the caller's; without it a sparse file that ends with the guest. */
+  readonly file?: string;
+}
+
+export interface GuestOptions {
+  readonly kernel: KernelName;
+  readonly disks?: readonly GuestDisk[];
+  readonly memoryMiB?: number;
+  readonly cpus?: number;
+  /** TCP ports of the guest, each forwarded from a free port of the host's loopback. */
+  readonly forwardPorts?: readonly number[];
+  readonly extraArgs?: readonly string[];
+  readonly appendCmdline?: string;
+}
+
+export interface RunOptions {
+  /** After which the command is killed and the run rejected. */
+  readonly timeoutMs?: number;
+  /** false: another exit code than 0 is a result, not an error. */
+  readonly check?: boolean;
+}
+
+type Accelerator = 'kvm' | 'tcg';
+
+const agentPort = 1009;
+const agentReady = 'stillblock-agent: ready';
+/** Real virtualisation reaches the agent in three seconds; nested kinds may hang for ever. */
+const kvmBootLimitMs = 8_000;
+/** An emulated boot takes 10 s alone on its core; other guests may share it. */
+const bootLimitMs = 180_000;
+const defaultRunLimitMs = 60_000;
+const shutdownLimitMs = 30_000;
+
+/** Where this machine's answer is kept until its next boot. */
+const accelerationFile = join(cacheFolder, 'acceleration.json');
+
+const bootId = (): string => readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+
+async function rememberedAccelerator(): Promise<Accelerator | undefined> {
+  try {
+    const remembered = JSON.parse(await readFile(accelerationFile, 'utf8')) as {
+      bootId?: string;
+      accelerator?: Accelerator;
+    };
+    return remembered.bootId === bootId() ? remembered.accelerator : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+async function rememberAccelerator(accelerator: Accelerator): Promise<void> {
+  const fresh = `${accelerationFile}.${process.pid}`;
+  await mkdir(dirname(accelerationFile), { recursive: true });
+  await writeFile(fresh, JSON.stringify({ bootId: bootId(), accelerator }));
+  await rename(fresh, accelerationFile);
+}
+
+function kvmIsUsable(): boolean {
+  try {
+    closeSync(openSync('/dev/kvm', 'r+'));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/**
+ * Boots a guest: with KVM where that works, tried once per boot of this machine
+ * with a short limit, else emulated.
+ * @throws Error with the console when the guest does not reach its agent.
+ */
+export async function bootGuest(options: GuestOptions): Promise<Guest> {
+  const remembered = await rememberedAccelerator();
+  if (remembered === undefined && kvmIsUsable()) {
+    try {
+      const guest = await Guest.boot(options, 'kvm', kvmBootLimitMs);
+      await rememberAccelerator('kvm');
+      return guest;
+    } catch {
+      await rememberAccelerator('tcg');
+    }
+  }
+  return Guest.boot(options, remembered ?? 'tcg', bootLimitMs);
+}
+
+export class Guest {
+  readonly kernel: KernelName;
+  readonly accelerator: Accelerator;
+  readonly #qemu: ChildProcess;
+  readonly #qmp: Qmp;
+  readonly #ended: Promise<void>;
+  readonly #folder: string;
+  readonly #ports = new Map<number, number>();
+  #console = '';
+  #qemuErrors = '';
+  #alive = true;
+  #consoleGrew: () => void = () => {};
+  #plugged = 0;
+
+  private constructor(options: GuestOptions, accelerator: Accelerator) {
+    this.kernel = options.kernel;
+    this.accelerator = accelerator;
+    this.#folder = mkdtempSync(join(tmpdir(), 'stillblock-guest-'));
+    try {
+      // The fourth descriptor is a socket pair's end: QEMU's machine protocol.
+      this.#qemu = spawn(
+        'setpriv',
+        ['--pdeathsig', 'KILL', 'qemu-system-x86_64', ...this.#arguments(options)],
+        {
+          stdio: ['ignore', 'pipe', 'pipe', 'pipe'],
+        },
+      );
+    } catch (error) {
+      this.#removeFolder();
+      throw error;
+    }
+    this.#qemu.stdout?.setEncoding('latin1').on('data', (text: string) => {
+      this.#console += text;
+      this.#consoleGrew();
+    });
+    this.#qemu.stderr?.setEncoding('utf8').on('data', (text: string) => {
+      this.#qemuErrors += text;
+    });
+    this.#qmp = new Qmp(this.#qemu.stdio[3] as Duplex);
+    this.#ended = new Promise((resolve) => {
+      const end = (): void => {
+        this.#alive = false;
+        this.#removeFolder();
+        this.#consoleGrew();
+        resolve();
+      };
+      this.#qemu.once('close', end);
+      this.#qemu.once('error', (error) => {
+        this.#qemuErrors += `${error.message} (apt-get install qemu-system-x86 util-linux)`;
+        end();
+      });
+    });
+  }
+
+  /** @see bootGuest */
+  static async boot(
+    options: GuestOptions,
+    accelerator: Accelerator,
+    limitMs: number,
+  ): Promise<Guest> {
+    const guest = new Guest(options, accelerator);
+    try {
+      await guest.#waitForAgent(limitMs);
+      await guest.#findPorts();
+      return guest;
+    } catch (error) {
+      await guest.kill();
+      throw error;
+    }
+  }
+
+  #arguments(options: GuestOptions): string[] {
+    const kernel = stockKernel(options.kernel);
+    const initrd = join(this.#folder, 'initrd');
+    const path = `${dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`;
+    writeFileSync(initrd, buildInitrd(kernel, agentPort, path));
+    const forwards = [agentPort, ...(options.forwardPorts ?? [])]
+      .map((port) => `,hostfwd=tcp:127.0.0.1:0-:${port}`)
+      .join('');
+    const cmdline = [
+      'console=ttyS0 loglevel=5 quiet',
+      // A crash ends QEMU, with its report on the console.
+      'panic=-1 oops=panic',
+      'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60 nowatchdog',
+      options.appendCmdline ?? '',
+    ].join(' ');
+    return [
+      ...(this.accelerator === 'kvm'
+        ? ['-accel', 'kvm', '-cpu', 'host']
+        : ['-accel', 'tcg,thread=multi', '-cpu', 'max']),
+      ...['-machine', 'pc', '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
+      ...['-smp', String(options.cpus ?? 2), '-m', String(options.memoryMiB ?? 2048)],
+      ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
+      ...['-chardev', 'socket,id=qmp,fd=3', '-mon', 'chardev=qmp,mode=control'],
+      ...['-kernel', kernel.image, '-initrd', initrd, '-append', cmdline],
+      ...['-fsdev', 'local,id=root,path=/,security_model=none,readonly=on,multidevs=remap'],
+      ...['-device', 'virtio-9p-pci,fsdev=root,mount_tag=hostroot', '-device', 'virtio-rng-pci'],
+      ...[
+        '-netdev',
+        `user,id=net,restrict=on${forwards}`,
+        '-device',
+        'virtio-net-pci,netdev=net,romfile=',
+      ],
+      ...(options.disks ?? []).flatMap((disk) => this.#diskArguments(disk)),
+      ...(options.extraArgs ?? []),
+    ];
+  }
+
+  #diskArguments({ name, sizeBytes, file }: GuestDisk): string[] {
+    const path = file ?? join(this.#folder, name);
+    if (file === undefined) {
+      const descriptor = openSync(path, 'wx', 0o600);
+      ftruncateSync(descriptor, sizeBytes);
+      closeSync(descriptor);
+    } else if (statSync(file).size !== sizeBytes) {
+      throw new Error(`${file} has not the ${sizeBytes} bytes of disk ${name}`);
+    }
+    return [
+      ...[
+        '-drive',
+        `if=none,id=${name},format=raw,cache=unsafe,discard=unmap,file=${path.replaceAll(',', ',,')}`,
+      ],
+      ...['-device', `virtio-blk-pci,drive=${name},serial=${name}`],
+    ];
+  }
+
+  async #waitForAgent(limitMs: number): Promise<void> {
+    const timer = new AbortController();
+    const late = delay(limitMs, undefined, { signal: timer.signal }).then(() => {
+      throw this.#failure(`did not boot within ${limitMs} ms with ${this.accelerator}`);
+    });
+    late.catch(() => {});
+    const ready = new Promise<void>((resolve, reject) => {
+      this.#consoleGrew = () => {
+        if (this.#console.includes(agentReady)) resolve();
+        else if (!this.#alive) reject(this.#failure('ended before its agent was ready'));
+      };
+      this.#consoleGrew();
+    });
+    try {
+      await Promise.race([ready, late]);
+    } finally {
+      timer.abort();
+      this.#consoleGrew = () => {};
+    }
+  }
+
+  /** QEMU chose the host's ports, so that no other process can have them. */
+  async #findPorts(): Promise<void> {
+    await this.#qmp.execute('qmp_capabilities');
+    const table = String(
+      await this.#qmp.execute('human-monitor-command', { 'command-line': 'info usernet' }),
+    );
+    for (const [, hostPort, guestPort] of table.matchAll(
+      /TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)/g,
+    )) {
+      this.#ports.set(Number(guestPort), Number(hostPort));
+    }
+  }
+
+  #removeFolder(): void {
+    rmSync(this.#folder, { recursive: true, force: true });
+  }
+
+  #failure(what: string): Error {
+    const tail = this.#console.split('\n').slice(-60).join('\n');
+    return new Error(`guest ${this.kernel} ${what}\n${this.#qemuErrors}${tail}`);
+  }
+
+  /** The console's text so far. */
+  console(): string {
+    return this.#console;
+  }
+
+  /** @returns the host's loopback port that leads to a port of `forwardPorts`. */
+  hostPort(guestPort: number): number {
+    const port = this.#ports.get(guestPort);
+    if (port === undefined) throw new Error(`port ${guestPort} of the guest is not forwarded`);
+    return port;
+  }
+
+  /** Starts a command for bash; any number may run at once. */
+  start(command: string): GuestCommand {
+    return new GuestCommand(this.hostPort(agentPort), command, () =>
+      this.#failure(`ended during: ${command}`),
+    );
+  }
+
+  /**
+   * Runs a command for bash to its end.
+   * @throws Error with its output when it fails (unless `check` is false), takes
+   *   too long, or the guest ends.
+   */
+  async run(command: string, options: RunOptions = {}): Promise<CommandResult> {
+    const result = await this.start(command).wait(options.timeoutMs ?? defaultRunLimitMs);
+    if (result.code !== 0 && options.check !== false) {
+      throw new Error(
+        `exit code ${result.code} in guest ${this.kernel}: ${command}\n${result.stdout}${result.stderr}`,
+      );
+    }
+    return result;
+  }
+
+  /** @returns the device node, such as /dev/vda, of the disk of that name. */
+  async disk(name: string): Promise<string> {
+    const { stdout } = await this.run(
+      `for s in /sys/block/*/serial; do [ "$(cat $s)" = ${shellQuote(name)} ] && echo $s; done; true`,
+    );
+    const device = /^\/sys\/block\/([^/]+)\//.exec(stdout)?.[1];
+    if (device === undefined) throw new Error(`the guest has no disk ${name}`);
+    return `/dev/${device}`;
+  }
+
+  /**
+   * Plugs an image of the host's into the running guest.
+   * @param format of the image file; its backing chain is followed.
+   * @returns its device node.
+   */
+  async plug(
+    name: string,
+    file: string,
+    format: 'raw' | 'qcow2',
+    readOnly: boolean,
+  ): Promise<string> {
+    const node = `plugged${this.#plugged++}`;
+    await this.#qmp.execute('blockdev-add', {
+      'node-name': node,
+      driver: format,
+      'read-only': readOnly,
+      file: { driver: 'file', filename: file },
+    });
+    await this.#qmp.execute('device_add', {
+      driver: 'virtio-blk-pci',
+      id: node,
+      drive: node,
+      serial: name,
+    });
+    await this.run(
+      `until grep -qsx ${shellQuote(name)} /sys/block/*/serial; do sleep 0.05; done`,
+      { timeoutMs: 30_000 },
+    );
+    return this.disk(name);
+  }
+
+  /** Loads this checkout's kernel module, as scripts/build-module.sh built it. */
+  async loadModule(parameters = ''): Promise<void> {
+    await this.run(`insmod ${shellQuote(modulePath(this.kernel))} ${parameters}`);
+  }
+
+  /**
+   * @param allowed complaints that the test itself provokes.
+   * @throws Error with each complaint of the kernel and the lines around it.
+   */
+  assertCleanConsole(allowed: readonly RegExp[] = []): void {
+    const complaints = findComplaints(this.#console, allowed);
+    if (complaints.length === 0) return;
+    throw new Error(
+      `the kernel of guest ${this.kernel} complained (${complaints.length} lines); the first:\n${complaints[0]?.context}`,
+    );
+  }
+
+  /**
+   * Powers the guest off and checks its console.
+   * @param allowed as for assertCleanConsole.
+   */
+  async shutdown(allowed: readonly RegExp[] = []): Promise<void> {
+    if (!this.#alive) throw this.#failure('had ended before its shutdown');
+    this.start('sync; echo o >/proc/sysrq-trigger; sleep infinity');
+    const timer = new AbortController();
+    const late = delay(shutdownLimitMs, 'late' as const, { signal: timer.signal }).catch(
+      () => 'late' as const,
+    );
+    const outcome = await Promise.race([this.#ended, late]);
+    timer.abort();
+    if (outcome === 'late') {
+      await this.kill();
+      throw this.#failure(`did not power off within ${shutdownLimitMs} ms`);
+    }
+    this.assertCleanConsole(allowed);
+  }
+
+  /** Ends QEMU at once; for cleaning up. May be called at any time. */
+  async kill(): Promise<void> {
+    this.#qemu.kill('SIGKILL');
+    await this.#ended;
+  }
+}
