@@ -37,7 +37,7 @@ const complaints: readonly RegExp[] = [
   /Out of memory: Killed/,
   /oom-kill:/,
   /workqueue lockup/,
-  /(EXT4-fs|XFS|BTRFS)\b.*\b(error|corrupt)/i,
+  /(EXT4-fs|XFS|BTRFS)\b.*\b(error\b|corrupt)/i,
   /Buffer I\/O error/,
   /(blk_update_request: )?(I\/O|critical \w+) error, dev/,
   /unregister_netdevice: waiting/,

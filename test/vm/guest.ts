@@ -180,6 +180,8 @@ export class Guest {
     try {
       await guest.#waitForAgent(limitMs);
       await guest.#findPorts();
+      // QEMU holds its files open; without names they end with it.
+      guest.#removeFolder();
       return guest;
     } catch (error) {
       await guest.kill();

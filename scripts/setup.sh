@@ -1,0 +1,94 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that `npm test` and `npm run demo` need, on a Debian 12 machine
+# with Node and this checkout: Debian packages, npm packages, stock kernels in
+# the cache, the kernel module for each, the addon, the compiled TypeScript.
+# What is there already is not done again; then it takes a few seconds and no
+# network. Nothing but Debian's archives and the npm registry is contacted.
+. "$(dirname "$0")/common.sh"
+cd "$checkout"
+
+# By what needs them.
+packages=(
+    # building the module (objtool is linked with libelf1), addon and kernels' trees
+    gcc-12 gcc g++ make cmake sparse libelf1 kmod xz-utils zstd
+    # guests
+    qemu-system-x86 busybox-static util-linux python3
+    # what runs inside the guests, whose root is this machine's
+    e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio mount procps psmisc iproute2
+    # other people's NBD clients, and checkers of formats
+    qemu-utils libnbd-bin python3-libnbd nbd-client socat libxml2-utils
+)
+
+missing_packages() {
+    local package
+    for package in "${packages[@]}"; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || echo "$package"
+    done
+}
+
+debian_packages() {
+    local missing root=() log
+    command -v dpkg-query >/dev/null || die 'this is not Debian: install by hand what scripts/setup.sh lists'
+    mapfile -t missing < <(missing_packages)
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    say "setup: Debian packages: ${missing[*]}"
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null && sudo -n true 2>/dev/null ||
+            die "run as root: apt-get install --no-install-recommends ${missing[*]}"
+        root=(sudo)
+    fi
+    log=$(mktemp)
+    local install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=300
+        -o Acquire::Retries=3 install --no-install-recommends "${missing[@]}")
+    # The machine's package lists may be absent or too old: then they are fetched.
+    if ! "${install[@]}" >"$log" 2>&1; then
+        "${root[@]}" apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 update >"$log" 2>&1 ||
+            die "apt-get update failed: $(grep -m1 '^E:' "$log" || tail -n1 "$log")"
+        "${install[@]}" >"$log" 2>&1 ||
+            die "cannot install Debian packages (${missing[*]}): $(grep -m1 '^E:' "$log" || tail -n1 "$log")"
+    fi
+    rm -f "$log"
+}
+
+npm_packages() {
+    local installed=node_modules/.package-lock.json log
+    [ ! -e "$installed" ] || [ package-lock.json -nt "$installed" ] || return 0
+    say 'setup: npm packages'
+    log=$(mktemp)
+    npm ci --no-audit --no-fund >"$log" 2>&1 ||
+        die "npm ci failed (needs the npm registry): $(grep -m1 'npm error' "$log" || tail -n1 "$log")"
+    touch "$installed"
+    rm -f "$log"
+}
+
+# The sources' newest time against the addon's says whether to ask CMake at all.
+addon() {
+    local output=build/native log
+    [ -z "$(find CMakeLists.txt src/native module/uapi package.json -newer "$output/.built" 2>&1 | head -n1)" ] && return
+    say 'setup: addon'
+    mkdir -p "$output"
+    touch "$output/.building"
+    log=$(mktemp)
+    node_modules/.bin/cmake-js build --out "$output" >"$log" 2>&1 || {
+        cat "$log" >&2
+        die 'the addon does not build'
+    }
+    mv "$output/.building" "$output/.built"
+    rm -f "$log"
+}
+
+typescript() {
+    node_modules/.bin/tsc -p tsconfig.json || die 'TypeScript does not compile'
+    [ ! -e dist/src/cli.js ] || chmod +x dist/src/cli.js
+}
+
+node_major=$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null) || die 'Node is missing: install Node 20 or newer'
+[ "$node_major" -ge 20 ] || die "Node $node_major is too old: install Node 20 or newer"
+lock setup
+debian_packages
+npm_packages
+"$checkout/scripts/kernels.sh"
+for kernel in $kernels; do "$checkout/scripts/build-module.sh" "$kernel"; done
+addon
+typescript
