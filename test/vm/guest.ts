@@ -64,6 +64,9 @@ const bootLimitMs = 180_000;
 const defaultRunLimitMs = 60_000;
 const shutdownLimitMs = 30_000;
 
+/** A shell test that some disk has this serial number. */
+const hasSerial = (name: string): string => `grep -qsx ${shellQuote(name)} /sys/block/*/serial`;
+
 /** Where this machine's answer is kept until its next boot. */
 const accelerationFile = join(cacheFolder, 'acceleration.json');
 
@@ -128,7 +131,6 @@ export class Guest {
   #qemuErrors = '';
   #alive = true;
   #consoleGrew: () => void = () => {};
-  #plugged = 0;
 
   private constructor(options: GuestOptions, accelerator: Accelerator) {
     this.kernel = options.kernel;
@@ -333,6 +335,7 @@ export class Guest {
 
   /**
    * Plugs an image of the host's into the running guest.
+   * @param name not used by another disk; it is the serial number, too.
    * @param format of the image file; its backing chain is followed.
    * @returns its device node.
    */
@@ -342,24 +345,37 @@ export class Guest {
     format: 'raw' | 'qcow2',
     readOnly: boolean,
   ): Promise<string> {
-    const node = `plugged${this.#plugged++}`;
     await this.#qmp.execute('blockdev-add', {
-      'node-name': node,
+      'node-name': name,
       driver: format,
       'read-only': readOnly,
       file: { driver: 'file', filename: file },
     });
     await this.#qmp.execute('device_add', {
       driver: 'virtio-blk-pci',
-      id: node,
-      drive: node,
+      id: name,
+      drive: name,
       serial: name,
     });
-    await this.run(
-      `until grep -qsx ${shellQuote(name)} /sys/block/*/serial; do sleep 0.05; done`,
-      { timeoutMs: 30_000 },
-    );
+    await this.run(`until ${hasSerial(name)}; do sleep 0.05; done`);
     return this.disk(name);
+  }
+
+  /** Takes out what `plug` put in; then its file holds all that was written. */
+  async unplug(name: string): Promise<void> {
+    await this.#qmp.execute('device_del', { id: name });
+    await this.run(`while ${hasSerial(name)}; do sleep 0.05; done`);
+    // The guest has let go of it; QEMU drops the device a moment later.
+    const limit = performance.now() + defaultRunLimitMs;
+    for (;;) {
+      try {
+        await this.#qmp.execute('blockdev-del', { 'node-name': name });
+        return;
+      } catch (error) {
+        if (performance.now() > limit) throw error;
+        await delay(50);
+      }
+    }
   }
 
   /** Loads this checkout's kernel module, as scripts/build-module.sh built it. */

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stock tools, run on the host.
+
+import { execFile } from 'node:child_process';
+
+export interface ToolResult {
+  readonly stdout: string;
+  readonly stderr: string;
+  readonly code: number;
+}
+
+export interface ToolOptions {
+  /** After which the tool is killed and the call rejected. */
+  readonly timeoutMs?: number;
+  /** false: another exit code than 0 is a result, not an error. */
+  readonly check?: boolean;
+}
+
+const defaultLimitMs = 300_000;
+/** The longest output is a map of a fragmented image. */
+const longestOutputBytes = 64 << 20;
+/** Checkers of file systems live there, outside an ordinary user's PATH. */
+const toolPath = `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`;
+
+/**
+ * Runs a program to its end.
+ * @throws Error with its output when it is missing, fails (unless `check` is
+ *   false) or takes too long.
+ */
+export function runTool(
+  program: string,
+  args: readonly string[],
+  options: ToolOptions = {},
+): Promise<ToolResult> {
+  const settings = {
+    timeout: options.timeoutMs ?? defaultLimitMs,
+    maxBuffer: longestOutputBytes,
+    killSignal: 'SIGKILL',
+    env: { ...process.env, PATH: toolPath, LC_ALL: 'C' },
+  } as const;
+  return new Promise((resolve, reject) => {
+    execFile(program, args, settings, (error, stdout, stderr) => {
+      const code = error === null ? 0 : error.code;
+      const ended = typeof code === 'number' && error?.killed !== true;
+      if (ended && (code === 0 || options.check === false)) resolve({ stdout, stderr, code });
+      else {
+        reject(
+          new Error(`${program} ${args.join(' ')}: ${error?.message}\n${stdout}${stderr}`, {
+            cause: error,
+          }),
+        );
+      }
+    });
+  });
+}
