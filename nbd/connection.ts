@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * One client's socket: performs what the handshake and the transmission decide.
+ *
+ * ```
+ *  handshake ──transmit──▶ transmission ──answered all──▶ ending ──▶ closed
+ *      └──────close──────────────────────────────────────────┘         ▲
+ *  any ──violation, failure, deadline, socket gone──────────────────────┘
+ * ```
+ */
+import type { Socket } from 'node:net';
+import { type BufferPool, ConnectionBudget, type SharedBudget } from './budget.ts';
+import type { Export } from './export.ts';
+import {
+  type Agreement,
+  HANDSHAKE_START,
+  type HandshakeEffect,
+  type HandshakeState,
+  type Offer,
+  stepHandshake,
+} from './handshake.ts';
+import type { Limits } from './limits.ts';
+import type { Logger } from './logger.ts';
+import { Transmission } from './transmission.ts';
+import { encodeGreeting } from './wire.ts';
+
+/** What a connection needs of its server. */
+export interface ConnectionHost {
+  readonly limits: Limits;
+  readonly shared: SharedBudget;
+  readonly pool: BufferPool;
+  /** What is offered now. */
+  offer(): Offer;
+  hasFailed(served: Export): boolean;
+  /** The connection has left the handshake for transmission. */
+  onTransmission(connection: Connection): void;
+  /** The socket is closed; see {@link Connection.idle} for reads still in flight. */
+  onClosed(connection: Connection): void;
+}
+
+export class Connection {
+  readonly #socket: Socket;
+  readonly #host: ConnectionHost;
+  #logger: Logger;
+  #phase: 'handshake' | 'transmission' | 'ending' | 'closed' = 'handshake';
+  #timer: NodeJS.Timeout | undefined;
+
+  #handshake: HandshakeState = HANDSHAKE_START;
+  /** Received in the handshake and not consumed. */
+  #received: Buffer[] = [];
+  #receivedBytes = 0;
+  /** There is nothing to be done before so many bytes are there. */
+  #neededBytes = 1;
+  /** An answer waits to be sent; the next option is not looked at before. */
+  #blocked = false;
+
+  #transmission: Transmission | undefined;
+  #agreement: Agreement | undefined;
+  #corked = false;
+
+  constructor(socket: Socket, host: ConnectionHost, logger: Logger) {
+    this.#socket = socket;
+    this.#host = host;
+    this.#logger = logger;
+  }
+
+  /** Greets the client and serves it until the end. */
+  start(): void {
+    const socket = this.#socket;
+    socket.on('data', (chunk: Buffer) => this.#onData(chunk));
+    socket.on('drain', () => this.#onDrain());
+    socket.on('end', () => this.#onEnd());
+    socket.on('error', (err) => this.#logger.debug({ err }, 'connection lost'));
+    socket.on('close', () => this.#onClose());
+    this.#timer = setTimeout(
+      () => this.#abort('handshake took too long', true),
+      this.#host.limits.handshakeMs,
+    );
+    this.#logger.debug({}, 'client connected');
+    socket.write(encodeGreeting());
+  }
+
+  /** The export that is being served, after the handshake. */
+  get export(): Export | undefined {
+    return this.#agreement?.export;
+  }
+
+  /** Answers what is in flight, takes no more, and closes; after a while by force. */
+  drain(): void {
+    if (this.#phase === 'transmission' && this.#transmission !== undefined) {
+      this.#startTimer();
+      this.#transmission.drain();
+    } else if (this.#phase === 'handshake') {
+      this.#abort('server is closing', false);
+    }
+  }
+
+  /** Closes at once to make room for another. */
+  evict(): void {
+    this.#abort('too many connections in handshake', true);
+  }
+
+  /** Resolves when nothing of this connection uses the export's source any more. */
+  async idle(): Promise<void> {
+    await this.#transmission?.idle();
+  }
+
+  #startTimer(): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      this.#logger.warn({}, 'client does not fetch its replies');
+      this.#socket.destroy();
+    }, this.#host.limits.drainMs);
+  }
+
+  #abort(reason: string, peersFault: boolean): void {
+    if (this.#phase !== 'closed') {
+      if (peersFault) {
+        this.#logger.warn({ reason }, 'connection dropped');
+      } else {
+        this.#logger.info({ reason }, 'connection dropped');
+      }
+      this.#phase = 'closed';
+      this.#socket.destroy();
+    }
+  }
+
+  /** Sends what is left, then closes; what the client still says is ignored. */
+  #end(): void {
+    if (this.#phase !== 'closed') {
+      this.#phase = 'ending';
+      this.#startTimer();
+      this.#socket.resume();
+      this.#socket.end();
+    }
+  }
+
+  #onData(chunk: Buffer): void {
+    if (this.#phase === 'handshake') {
+      this.#received.push(chunk);
+      this.#receivedBytes += chunk.length;
+      this.#negotiate();
+    } else if (this.#phase === 'transmission') {
+      this.#transmission?.receive(chunk);
+    }
+  }
+
+  #onDrain(): void {
+    if (this.#blocked) {
+      this.#blocked = false;
+      this.#socket.resume();
+      this.#negotiate();
+    }
+  }
+
+  #onEnd(): void {
+    if (this.#phase === 'transmission') {
+      // The client sends no more, but may still wait for replies.
+      this.drain();
+    } else {
+      this.#logger.debug({}, 'client left');
+      this.#end();
+    }
+  }
+
+  #onClose(): void {
+    clearTimeout(this.#timer);
+    this.#phase = 'closed';
+    this.#received = [];
+    this.#transmission?.destroy();
+    this.#logger.debug({}, 'connection closed');
+    this.#host.onClosed(this);
+  }
+
+  #negotiate(): void {
+    while (
+      this.#phase === 'handshake' &&
+      !this.#blocked &&
+      this.#receivedBytes >= this.#neededBytes
+    ) {
+      // Only put together when a whole message may be there: a byte at a time costs no more.
+      const input = this.#received.length === 1 ? this.#received[0] : undefined;
+      const whole = input ?? Buffer.concat(this.#received);
+      const step = stepHandshake(this.#handshake, whole, this.#host.offer());
+      this.#handshake = step.state;
+      const rest = whole.subarray(step.consumedBytes);
+      this.#received = rest.length > 0 ? [rest] : [];
+      this.#receivedBytes = rest.length;
+      this.#neededBytes = Math.max(step.neededBytes, 1);
+      for (const effect of step.effects) {
+        this.#perform(effect);
+      }
+    }
+  }
+
+  #perform(effect: HandshakeEffect): void {
+    switch (effect.kind) {
+      case 'send':
+        if (!this.#socket.write(effect.bytes)) {
+          this.#blocked = true;
+          this.#socket.pause();
+        }
+        return;
+      case 'transmit':
+        this.#startTransmission(effect.agreement);
+        return;
+      case 'close':
+        if (effect.violation) {
+          this.#abort(effect.reason, true);
+        } else {
+          this.#logger.debug({ reason: effect.reason }, 'handshake ended');
+          this.#end();
+        }
+        return;
+      default:
+        effect satisfies never;
+    }
+  }
+
+  #startTransmission(agreement: Agreement): void {
+    clearTimeout(this.#timer);
+    this.#phase = 'transmission';
+    this.#agreement = agreement;
+    this.#logger = this.#logger.child({ export: agreement.export.name });
+    const contexts = agreement.contexts.map(({ name }) => name);
+    const { structuredReplies } = agreement;
+    this.#logger.info({ structuredReplies, contexts }, 'client is served');
+    const { limits, shared, pool } = this.#host;
+    this.#transmission = new Transmission({
+      agreement,
+      limits,
+      budget: new ConnectionBudget(shared, limits.connectionBytesInFlight),
+      pool,
+      logger: this.#logger,
+      hasFailed: () => this.#host.hasFailed(agreement.export),
+      outlet: {
+        write: (bytes, done) => this.#write(bytes, done),
+        receiving: (wanted) => {
+          if (wanted) {
+            this.#socket.resume();
+          } else {
+            this.#socket.pause();
+          }
+        },
+        finished: () => {
+          this.#logger.info({}, 'client is done');
+          this.#end();
+        },
+        broken: (reason, peersFault) => this.#abort(reason, peersFault),
+      },
+    });
+    this.#blocked = false;
+    this.#socket.resume();
+    this.#host.onTransmission(this);
+    const [rest] = this.#received;
+    this.#received = [];
+    this.#receivedBytes = 0;
+    if (rest !== undefined) {
+      this.#transmission.receive(rest);
+    }
+  }
+
+  /** Gathers what is written while the event loop delivers completed reads into one send. */
+  #write(bytes: Buffer, done: () => void): void {
+    if (!this.#corked) {
+      this.#corked = true;
+      this.#socket.cork();
+      setImmediate(() => {
+        this.#corked = false;
+        this.#socket.uncork();
+      });
+    }
+    this.#socket.write(bytes, () => done());
+  }
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+/** What is served: sources of data, and the exports that a disk and its checkpoints make. */
+import { close, constants, fstat, open, read, type Stats } from 'node:fs';
+import { readFile } from 'node:fs/promises';
+import { promisify } from 'node:util';
+import {
+  BASE_ALLOCATION,
+  DIRTY_BITMAP_PREFIX,
+  NBD_MAX_STRING_BYTES,
+  NBD_STATE_DIRTY,
+  NBD_STATE_HOLE,
+} from './constants.ts';
+import { type Extent, ExtentMap, roundOutward } from './extents.ts';
+
+/** Immutable bytes at offsets. Several exports may share one; who opened it closes it. */
+export interface BlockSource {
+  /** Bytes; does not change. */
+  readonly sizeBytes: number;
+  /**
+   * Fills the whole buffer from `offset`, within the size. Reads may run in parallel.
+   *
+   * @throws Error with an errno name in `code`, such as `EIO`; never a partial result
+   */
+  read(buffer: Uint8Array, offset: number): Promise<void>;
+  /** Releases the source once the reads in flight have ended. Later reads reject with EBADF. */
+  close(): Promise<void>;
+}
+
+/** What one export name stands for. */
+export interface Export {
+  /** At most 4,096 bytes of UTF-8; may be empty, which is the default export. */
+  readonly name: string;
+  /** For people, at most 4,096 bytes of UTF-8; may be empty. */
+  readonly description: string;
+  readonly source: BlockSource;
+  /** Contexts by full name, such as `base:allocation`; maps of the source's size. */
+  readonly contexts: ReadonlyMap<string, ExtentMap>;
+}
+
+function failure(code: string, message: string): Error {
+  return Object.assign(new Error(message), { code });
+}
+
+class FileSource implements BlockSource {
+  readonly sizeBytes: number;
+  readonly #descriptor: number;
+  #reads = 0;
+  #closed: Promise<void> | undefined;
+  #whenIdle: (() => void) | undefined;
+
+  constructor(descriptor: number, sizeBytes: number) {
+    this.#descriptor = descriptor;
+    this.sizeBytes = sizeBytes;
+  }
+
+  read(buffer: Uint8Array, offset: number): Promise<void> {
+    if (this.#closed !== undefined) {
+      return Promise.reject(failure('EBADF', 'source is closed'));
+    }
+    this.#reads += 1;
+    return new Promise((resolve, reject) => {
+      const finish = (error: Error | undefined): void => {
+        this.#reads -= 1;
+        if (this.#reads === 0) {
+          this.#whenIdle?.();
+        }
+        if (error === undefined) {
+          resolve();
+        } else {
+          reject(error);
+        }
+      };
+      const readFrom = (done: number): void => {
+        const rest = buffer.length - done;
+        read(this.#descriptor, buffer, done, rest, offset + done, (error, bytesRead) => {
+          if (error !== null) {
+            finish(error);
+          } else if (bytesRead === rest) {
+            finish(undefined);
+          } else if (bytesRead === 0) {
+            finish(failure('EIO', 'source ends before its size'));
+          } else {
+            readFrom(done + bytesRead);
+          }
+        });
+      };
+      readFrom(0);
+    });
+  }
+
+  close(): Promise<void> {
+    this.#closed ??= this.#close();
+    return this.#closed;
+  }
+
+  async #close(): Promise<void> {
+    if (this.#reads > 0) {
+      // A descriptor closed under a read could be another file's by the time it is used.
+      await new Promise<void>((resolve) => {
+        this.#whenIdle = resolve;
+      });
+    }
+    await promisify(close)(this.#descriptor);
+  }
+}
+
+/** Size of a block device, bytes, as the kernel's own table has it, in sectors of 512 bytes. */
+async function blockDeviceBytes(device: number): Promise<number> {
+  const major = (device >>> 8) & 0xfff;
+  const minor = (device & 0xff) | ((device >>> 12) & 0xfff00);
+  const sectors = await readFile(`/sys/dev/block/${major}:${minor}/size`, 'utf8');
+  return Number(sectors.trim()) * 512;
+}
+
+function sizeOf(stats: Stats): Promise<number> {
+  if (stats.isFile()) {
+    return Promise.resolve(stats.size);
+  }
+  if (stats.isBlockDevice()) {
+    return blockDeviceBytes(stats.rdev);
+  }
+  return Promise.reject(failure('EINVAL', 'neither a plain file nor a block device'));
+}
+
+/**
+ * Opens a plain file or a block device, read only.
+ *
+ * @throws Error with an errno name in `code`; `EINVAL` for anything else than a file or device
+ */
+export async function openFileSource(path: string): Promise<BlockSource> {
+  // Without O_NONBLOCK, opening a FIFO would wait for its writer. Files and devices ignore it.
+  const flags = constants.O_RDONLY | constants.O_NONBLOCK;
+  const descriptor = await new Promise<number>((resolve, reject) => {
+    open(path, flags, (error, fd) => (error === null ? resolve(fd) : reject(error)));
+  });
+  try {
+    return new FileSource(descriptor, await sizeOf(await promisify(fstat)(descriptor)));
+  } catch (error) {
+    await promisify(close)(descriptor);
+    throw error;
+  }
+}
+
+/** A disk to be exported. */
+export interface DiskOptions {
+  readonly name: string;
+  readonly description: string;
+  readonly source: BlockSource;
+  /** Flags of `base:allocation`; without it all is said to be data. */
+  readonly allocation?: ExtentMap;
+  /** Checkpoints with what changed since. */
+  readonly checkpoints: readonly {
+    readonly name: string;
+    readonly dirty: readonly Extent[];
+    /** Tracking block to which the dirty ranges are rounded outward, bytes. */
+    readonly blockSizeBytes?: number;
+  }[];
+}
+
+/**
+ * The exports of one disk: its image with `base:allocation` and one
+ * `qemu:dirty-bitmap:CHECKPOINT` each, then one delta export `NAME@CHECKPOINT`
+ * per checkpoint. A delta export has the image's data, but its `base:allocation`
+ * marks what did not change a hole that need not read as zeroes: a copy on top of
+ * an older image takes only the changes, any other copy takes everything.
+ *
+ * @throws RangeError if a range or a map does not fit the source
+ */
+export function diskExports(options: DiskOptions): Export[] {
+  const { name, description, source } = options;
+  const allocation = options.allocation ?? ExtentMap.uniform(source.sizeBytes, 0);
+  const contexts = new Map([[BASE_ALLOCATION, allocation]]);
+  const deltas: Export[] = [];
+  for (const { name: checkpoint, dirty, blockSizeBytes = 1 } of options.checkpoints) {
+    const changed = ExtentMap.fromRanges(
+      source.sizeBytes,
+      roundOutward(dirty, blockSizeBytes),
+      NBD_STATE_DIRTY,
+      0,
+    );
+    contexts.set(`${DIRTY_BITMAP_PREFIX}${checkpoint}`, changed);
+    const delta = ExtentMap.combine(allocation, changed, (allocated, dirtyFlags) =>
+      dirtyFlags === NBD_STATE_DIRTY ? allocated : NBD_STATE_HOLE,
+    );
+    deltas.push({
+      name: `${name}@${checkpoint}`,
+      description: `${description || name}: changes since checkpoint ${checkpoint}`,
+      source,
+      contexts: new Map([[BASE_ALLOCATION, delta]]),
+    });
+  }
+  return [{ name, description, source, contexts }, ...deltas];
+}
+
+function isProtocolString(text: string): boolean {
+  const bytes = Buffer.from(text, 'utf8');
+  return bytes.length <= NBD_MAX_STRING_BYTES && bytes.toString('utf8') === text;
+}
+
+/**
+ * Requires an export that can be served as the protocol has it.
+ *
+ * @throws RangeError that says what is wrong with it
+ */
+export function requireExport(candidate: Export): void {
+  const quoted = JSON.stringify(candidate.name);
+  for (const text of [candidate.name, candidate.description, ...candidate.contexts.keys()]) {
+    if (!isProtocolString(text)) {
+      throw new RangeError(
+        `export ${quoted}: name, description and contexts are at most ` +
+          `${NBD_MAX_STRING_BYTES} bytes of valid Unicode`,
+      );
+    }
+  }
+  for (const [name, map] of candidate.contexts) {
+    if (map.sizeBytes !== candidate.source.sizeBytes) {
+      throw new RangeError(
+        `export ${quoted}: context ${name} describes ${map.sizeBytes} bytes ` +
+          `of ${candidate.source.sizeBytes}`,
+      );
+    }
+  }
+}

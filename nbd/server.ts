@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+/** The NBD server: what is exported, where it listens, who is connected. */
+import { lstat, unlink } from 'node:fs/promises';
+import { connect, createServer, isIPv4, isIPv6, type Server, type Socket } from 'node:net';
+import { networkInterfaces } from 'node:os';
+import { resolve as resolvePath } from 'node:path';
+import { BufferPool, SharedBudget } from './budget.ts';
+import { Connection } from './connection.ts';
+import { NBD_DEFAULT_PORT } from './constants.ts';
+import { errorCode } from './errors.ts';
+import { type Export, requireExport } from './export.ts';
+import type { Offer } from './handshake.ts';
+import { type Limits, resolveLimits } from './limits.ts';
+import type { Logger } from './logger.ts';
+
+/** Where to listen: on TCP, port 0 for any free one, or on a unix socket. */
+export type ListenAddress =
+  | { readonly host: string; readonly port: number }
+  | { readonly path: string };
+
+/** Where it listens: the port that was found, the path made absolute. */
+export type ListeningAddress = ListenAddress;
+
+/** What `sun_path` of a unix socket's address holds without its final zero (unix(7)). */
+const UNIX_PATH_BYTES = 107;
+/** Idle time before TCP asks whether a silent peer is still there, milliseconds. */
+const KEEP_ALIVE_MS = 60_000;
+
+function failure(code: string, message: string, cause?: unknown): Error {
+  return Object.assign(new Error(message, { cause }), { code });
+}
+
+/** Percent-encodes all but RFC 3986's unreserved characters and those in `keep`. */
+function encodeForUri(text: string, keep: string): string {
+  let encoded = '';
+  for (const byte of Buffer.from(text, 'utf8')) {
+    const char = String.fromCharCode(byte);
+    encoded +=
+      /[A-Za-z0-9._~-]/.test(char) || keep.includes(char)
+        ? char
+        : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`;
+  }
+  return encoded;
+}
+
+/** Addresses that a client can use for a host: those of the machine in place of a wildcard. */
+function reachableHosts(host: string): string[] {
+  const family = { '0.0.0.0': 'IPv4', '::': 'IPv6' }[host];
+  if (family === undefined) {
+    return [host];
+  }
+  const own = Object.values(networkInterfaces())
+    .flatMap((addresses) => addresses ?? [])
+    .filter((entry) => entry.family === family && !entry.internal)
+    .map(({ address }) => address)
+    // A link-local address means nothing without the client's own interface.
+    .filter((address) => !address.startsWith('fe80:'));
+  return own.length > 0 ? own : [family === 'IPv4' ? '127.0.0.1' : '::1'];
+}
+
+/** The URIs of an export at one address, as the NBD URI specification writes them. */
+function urisAt(address: ListeningAddress, exportName: string): string[] {
+  const name = encodeForUri(exportName, '@:');
+  if ('path' in address) {
+    return [`nbd+unix:///${name}?socket=${encodeForUri(address.path, '/')}`];
+  }
+  const port = address.port === NBD_DEFAULT_PORT ? '' : `:${address.port}`;
+  return reachableHosts(address.host).map((host) => {
+    const authority = isIPv6(host) ? `[${host.replace('%', '%25')}]` : host;
+    return `nbd://${authority}${port}/${name}`;
+  });
+}
+
+/** Whether somebody listens on a unix socket. */
+function isListening(path: string): Promise<boolean> {
+  return new Promise((resolve, reject) => {
+    const probe = connect({ path });
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    probe.once('error', (error) => {
+      const code = errorCode(error);
+      if (code === 'ECONNREFUSED' || code === 'ENOENT') {
+        resolve(false);
+      } else if (code === 'EAGAIN') {
+        // Its queue of connections is full: somebody listens, and is busy.
+        resolve(true);
+      } else {
+        reject(error);
+      }
+    });
+  });
+}
+
+function listenOn(server: Server, address: ListenAddress): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once('error', reject);
+    const options =
+      'path' in address
+        ? { path: address.path }
+        : // `::` leaves IPv4 alone, so that both wildcards may be given side by side.
+          { host: address.host, port: address.port, ipv6Only: isIPv6(address.host) };
+    server.listen({ ...options, exclusive: true }, () => {
+      server.off('error', reject);
+      resolve();
+    });
+  });
+}
+
+interface Listener {
+  readonly server: Server;
+  readonly address: ListeningAddress;
+}
+
+/** Serves exports, read only, to any number of clients. */
+export class NbdServer {
+  readonly #logger: Logger;
+  readonly #limits: Limits;
+  readonly #shared: SharedBudget;
+  readonly #pool: BufferPool;
+  readonly #exports = new Map<string, Export>();
+  readonly #failed = new WeakSet<Export>();
+  #defaultName = '';
+  #listeners: Listener[] = [];
+  /** In the order of their arrival. */
+  readonly #handshakes = new Set<Connection>();
+  readonly #transmissions = new Set<Connection>();
+  /** Sockets that are gone with reads still in flight. */
+  readonly #leaving = new Map<Connection, Promise<void>>();
+  #connectionCount = 0;
+  #closing: Promise<void> | undefined;
+  #whenEmpty: (() => void)[] = [];
+
+  /** @throws RangeError if a limit makes no sense */
+  constructor(options: { readonly logger: Logger; readonly limits?: Partial<Limits> }) {
+    this.#logger = options.logger;
+    this.#limits = resolveLimits(options.limits);
+    this.#shared = new SharedBudget(this.#limits.bytesInFlight);
+    this.#pool = new BufferPool(this.#limits.idleBufferBytes);
+  }
+
+  /**
+   * Offers an export from now on. Its source remains the caller's, who closes it
+   * after {@link removeExport} or {@link close}.
+   *
+   * @throws RangeError if it can't be served, or its name is taken
+   */
+  addExport(added: Export): void {
+    requireExport(added);
+    if (this.#exports.has(added.name)) {
+      throw new RangeError(`export ${JSON.stringify(added.name)} exists already`);
+    }
+    this.#exports.set(added.name, added);
+  }
+
+  /**
+   * Lets clients that name no export have this one. An export that is itself named
+   * with the empty string goes before. INFO_NAME then tells the true name.
+   */
+  setDefaultExport(name: string): void {
+    this.#defaultName = name;
+  }
+
+  /**
+   * Offers an export no longer: requests in flight are answered, then its clients'
+   * connections are closed. Does nothing if there is none.
+   *
+   * @returns when nothing uses the export's source for it any more
+   */
+  async removeExport(name: string): Promise<void> {
+    const removed = this.#exports.get(name);
+    if (removed !== undefined) {
+      this.#exports.delete(name);
+      await this.#drain((connection) => connection.export === removed);
+    }
+  }
+
+  /**
+   * Answers EIO to every read and question from now on, also on connections that
+   * are there, because the data of these exports can't be trusted any more.
+   *
+   * @param names exports; all if absent
+   */
+  failExports(names: Iterable<string> = this.#exports.keys()): void {
+    for (const name of names) {
+      const failed = this.#exports.get(name);
+      if (failed !== undefined) {
+        this.#failed.add(failed);
+        this.#logger.error({ export: name }, 'export has failed');
+      }
+    }
+  }
+
+  /**
+   * Listens on one more address. A unix socket that nobody listens on is replaced.
+   *
+   * @throws Error with `code` `EADDRINUSE`, `EADDRNOTAVAIL`, `EACCES`, `ENAMETOOLONG` and so
+   *   on, and its cause
+   */
+  async listen(wanted: ListenAddress): Promise<ListeningAddress> {
+    const address = 'path' in wanted ? { path: resolvePath(wanted.path) } : wanted;
+    const where = 'path' in address ? address.path : `${address.host} port ${address.port}`;
+    if ('path' in address && Buffer.byteLength(address.path) > UNIX_PATH_BYTES) {
+      throw failure('ENAMETOOLONG', `${where}: longer than ${UNIX_PATH_BYTES} bytes`);
+    }
+    const server = createServer({
+      allowHalfOpen: true,
+      noDelay: true,
+      keepAlive: true,
+      keepAliveInitialDelay: KEEP_ALIVE_MS,
+    });
+    try {
+      await this.#listenOrReplace(server, address);
+    } catch (cause) {
+      const code = errorCode(cause) ?? 'EIO';
+      const reason = cause instanceof Error ? cause.message : String(cause);
+      throw failure(code, `cannot listen on ${where}: ${reason}`, cause);
+    }
+    if (this.#closing !== undefined) {
+      server.close();
+      throw failure('ECANCELED', 'server is closed');
+    }
+    server.on('connection', (socket) => this.#accept(socket));
+    server.on('error', (err) => this.#logger.error({ err }, 'cannot accept a connection'));
+    const bound = server.address();
+    const listening =
+      'host' in address && typeof bound === 'object' && bound !== null
+        ? { host: address.host, port: bound.port }
+        : address;
+    this.#listeners.push({ server, address: listening });
+    this.#logger.info(listening, 'listening');
+    return listening;
+  }
+
+  async #listenOrReplace(server: Server, address: ListenAddress): Promise<void> {
+    try {
+      await listenOn(server, address);
+      return;
+    } catch (error) {
+      if (!('path' in address) || errorCode(error) !== 'EADDRINUSE') {
+        throw error;
+      }
+      if (!(await lstat(address.path)).isSocket()) {
+        throw failure('EEXIST', 'a file that is no socket is in the way', error);
+      }
+      if (await isListening(address.path)) {
+        throw error;
+      }
+    }
+    await unlink(address.path);
+    await listenOn(server, address);
+  }
+
+  /** The URIs of an export, one or more for each listener. */
+  uris(exportName: string): string[] {
+    return this.#listeners.flatMap(({ address }) => urisAt(address, exportName));
+  }
+
+  /** Figures for tests and metrics. */
+  get usage(): { handshakes: number; connections: number; bytesInFlight: number } {
+    return {
+      handshakes: this.#handshakes.size,
+      connections: this.#transmissions.size,
+      bytesInFlight: this.#shared.usedBytes,
+    };
+  }
+
+  /**
+   * Stops listening, answers what is in flight, closes all connections, and removes
+   * its unix sockets. The exports' sources are no longer in use afterwards.
+   */
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    const closed = this.#listeners.map(
+      ({ server }) => new Promise<void>((resolve) => server.close(() => resolve())),
+    );
+    await this.#drain(() => true);
+    await Promise.all(closed);
+    this.#listeners = [];
+    this.#exports.clear();
+  }
+
+  /** Drains the connections that a predicate chooses and waits until they are gone. */
+  async #drain(chosen: (connection: Connection) => boolean): Promise<void> {
+    const all = (): Connection[] => [...this.#handshakes, ...this.#transmissions].filter(chosen);
+    for (const connection of all()) {
+      connection.drain();
+    }
+    while (all().length > 0) {
+      await new Promise<void>((resolve) => this.#whenEmpty.push(resolve));
+    }
+    const leaving = [...this.#leaving].filter(([connection]) => chosen(connection));
+    await Promise.all(leaving.map(([, idle]) => idle));
+  }
+
+  #find(name: string): Export | undefined {
+    return (
+      this.#exports.get(name) ?? (name === '' ? this.#exports.get(this.#defaultName) : undefined)
+    );
+  }
+
+  #accept(socket: Socket): void {
+    const [oldest] = this.#handshakes;
+    if (oldest !== undefined && this.#handshakes.size >= this.#limits.handshakes) {
+      this.#handshakes.delete(oldest);
+      oldest.evict();
+    }
+    this.#connectionCount += 1;
+    const peer = socket.remoteAddress === undefined ? 'unix' : peerOf(socket);
+    const logger = this.#logger.child({ conn: this.#connectionCount, peer });
+    const offer = (): Offer => ({
+      limits: this.#limits,
+      exports: this.#exports.values(),
+      find: (name) => this.#find(name),
+      admits: this.#transmissions.size < this.#limits.connections,
+    });
+    const connection = new Connection(
+      socket,
+      {
+        limits: this.#limits,
+        shared: this.#shared,
+        pool: this.#pool,
+        offer,
+        hasFailed: (served) => this.#failed.has(served),
+        onTransmission: (which) => {
+          this.#handshakes.delete(which);
+          this.#transmissions.add(which);
+        },
+        onClosed: (which) => this.#onClosed(which),
+      },
+      logger,
+    );
+    this.#handshakes.add(connection);
+    connection.start();
+  }
+
+  #onClosed(connection: Connection): void {
+    this.#handshakes.delete(connection);
+    this.#transmissions.delete(connection);
+    const idle = connection.idle().then(() => {
+      this.#leaving.delete(connection);
+    });
+    this.#leaving.set(connection, idle);
+    for (const resolve of this.#whenEmpty.splice(0)) {
+      resolve();
+    }
+  }
+}
+
+function peerOf(socket: Socket): string {
+  const address = socket.remoteAddress ?? '';
+  return isIPv4(address) ? `${address}:${socket.remotePort}` : `[${address}]:${socket.remotePort}`;
+}

@@ -1,0 +1,533 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * The transmission phase of one connection (section "Transmission"): requests are
+ * parsed as they come, carried out side by side, and answered in whatever order
+ * they are done.
+ *
+ * ```
+ *  open ──DISC, end of the stream, drain()──▶ draining ──all answered──▶ over
+ *    └────violation, failure, destroy()──────────┴─────────────────────────┘
+ * ```
+ */
+import type { BufferPool, ConnectionBudget } from './budget.ts';
+import { BASE_ALLOCATION, NBD_REPLY_FLAG_DONE, NBD_STATE_ZERO } from './constants.ts';
+import { NBD_EIO, type NbdError, readErrorFor } from './errors.ts';
+import type { ExtentMap } from './extents.ts';
+import type { Agreement } from './handshake.ts';
+import type { Limits } from './limits.ts';
+import type { Logger } from './logger.ts';
+import { statusRange } from './meta-context.ts';
+import { type RequestRules, type ValidRequest, validateRequest } from './validate.ts';
+import {
+  type Cookie,
+  decodeRequest,
+  encodeErrorChunk,
+  encodeNone,
+  encodeOffsetHole,
+  encodeSimpleReply,
+  OFFSET_DATA_HEADER_BYTES,
+  type Request,
+  SIMPLE_REPLY_BYTES,
+  writeBlockStatus,
+  writeOffsetData,
+  writeSimpleReply,
+} from './wire.ts';
+
+/** What the engine needs of the connection that it serves. */
+export interface TransmissionOutlet {
+  /** Sends bytes in the order of the calls. `done` is called once, sent or not, never at once. */
+  write(bytes: Buffer, done: () => void): void;
+  /** Whether more bytes may be received. */
+  receiving(wanted: boolean): void;
+  /** All that was asked is answered, and nothing more will be. */
+  finished(): void;
+  /** The stream can't go on: hard disconnect. */
+  broken(reason: string, peersFault: boolean): void;
+}
+
+/** What the engine works with. */
+export interface TransmissionOptions {
+  readonly agreement: Agreement;
+  readonly limits: Limits;
+  readonly budget: ConnectionBudget;
+  readonly pool: BufferPool;
+  readonly outlet: TransmissionOutlet;
+  readonly logger: Logger;
+  /** Whether the export has failed since: nothing it says is to be believed any more. */
+  readonly hasFailed: () => boolean;
+}
+
+/** Shorter holes are read like data: a chunk of their own would cost more. */
+const SHORTEST_HOLE_BYTES = 65_536;
+const EMPTY: Buffer = Buffer.alloc(0);
+
+/** A part of a read: data to be read, or zeroes to be told. */
+interface Segment {
+  readonly start: number;
+  readonly end: number;
+  readonly zero: boolean;
+}
+
+type ReadRequest = Extract<ValidRequest, { kind: 'read' }>;
+type StatusRequest = Extract<ValidRequest, { kind: 'status' }>;
+
+/** Splits a read at the holes that are worth a chunk. */
+function* segments(map: ExtentMap, offset: number, length: number): Generator<Segment> {
+  const end = offset + length;
+  const shortest = Math.min(SHORTEST_HOLE_BYTES, length);
+  let start = offset;
+  for (const run of map.runs(offset, end)) {
+    if ((run.flags & NBD_STATE_ZERO) !== 0 && run.end - run.start >= shortest) {
+      if (run.start > start) {
+        yield { start, end: run.start, zero: false };
+      }
+      yield { start: run.start, end: run.end, zero: true };
+      start = run.end;
+    }
+  }
+  if (start < end) {
+    yield { start, end, zero: false };
+  }
+}
+
+export class Transmission {
+  readonly #options: TransmissionOptions;
+  readonly #rules: RequestRules;
+  readonly #allocation: ExtentMap | undefined;
+  readonly #logRequests: boolean;
+  #state: 'open' | 'draining' | 'over' = 'open';
+  /** Received and not parsed. */
+  #input: Buffer = EMPTY;
+  #parsing = false;
+  #stalled = false;
+  /** Payload of a refused request that is still to come, and the refusal that follows it. */
+  #skipBytes = 0;
+  #afterSkip: (() => void) | undefined;
+  #inFlight = 0;
+  /** A simple reply in several pieces bars all others from the stream until it is complete. */
+  #exclusive = false;
+  #barred: (() => void)[] = [];
+  #whenIdle: (() => void)[] = [];
+
+  constructor(options: TransmissionOptions) {
+    const { agreement, limits, logger } = options;
+    this.#options = options;
+    this.#rules = {
+      sizeBytes: agreement.export.source.sizeBytes,
+      structuredReplies: agreement.structuredReplies,
+      contexts: agreement.contexts.length,
+      limits,
+    };
+    this.#allocation = agreement.export.contexts.get(BASE_ALLOCATION);
+    this.#logRequests = logger.isLevelEnabled?.('debug') ?? true;
+  }
+
+  /** Takes bytes from the peer. */
+  receive(chunk: Buffer): void {
+    if (this.#state === 'open') {
+      this.#input = this.#input.length === 0 ? chunk : Buffer.concat([this.#input, chunk]);
+      this.#parse();
+    }
+  }
+
+  /** Takes no more requests; `finished` is called once those in flight are answered. */
+  drain(): void {
+    if (this.#state === 'open') {
+      this.#state = 'draining';
+      this.#input = EMPTY;
+      this.#options.outlet.receiving(true);
+      this.#dropRefusal();
+      this.#checkFinished();
+    }
+  }
+
+  /** The stream is gone: nothing more is read or sent. */
+  destroy(): void {
+    if (this.#state !== 'over') {
+      this.#state = 'over';
+      this.#input = EMPTY;
+      this.#options.budget.abandon();
+      this.#releaseBarred();
+      this.#dropRefusal();
+    }
+  }
+
+  /** Forgets a refused request whose payload will not come any more. */
+  #dropRefusal(): void {
+    if (this.#afterSkip !== undefined) {
+      this.#afterSkip = undefined;
+      this.#answered();
+    }
+  }
+
+  /** Resolves when nothing of this connection uses the source or a buffer any more. */
+  idle(): Promise<void> {
+    return new Promise((resolve) => {
+      if (this.#inFlight === 0) {
+        resolve();
+      } else {
+        this.#whenIdle.push(resolve);
+      }
+    });
+  }
+
+  #parse(): void {
+    if (this.#parsing) {
+      return;
+    }
+    this.#parsing = true;
+    let at = 0;
+    while (this.#state === 'open') {
+      if (this.#skipBytes > 0) {
+        const skipped = Math.min(this.#skipBytes, this.#input.length - at);
+        this.#skipBytes -= skipped;
+        at += skipped;
+        if (this.#skipBytes > 0) {
+          break;
+        }
+      }
+      const refuse = this.#afterSkip;
+      this.#afterSkip = undefined;
+      refuse?.();
+      if (this.#inFlight >= this.#options.limits.requestsInFlight) {
+        this.#stalled = true;
+        break;
+      }
+      const decoded = decodeRequest(this.#input, at);
+      if (decoded.kind === 'need') {
+        break;
+      }
+      if (decoded.kind === 'violation') {
+        this.#break(decoded.reason, true);
+        break;
+      }
+      at += decoded.bytes;
+      this.#accept(decoded.value);
+    }
+    // A view of a received buffer keeps it alive: at most one per connection, of 64 KiB.
+    this.#input = this.#state === 'open' ? this.#input.subarray(at) : EMPTY;
+    this.#parsing = false;
+    if (this.#stalled) {
+      this.#options.outlet.receiving(false);
+    }
+  }
+
+  #accept(request: Request): void {
+    const valid = validateRequest(request, this.#rules);
+    if (this.#logRequests) {
+      const { type, flags, offset, length } = request;
+      const fields = { type, flags, offset, length, outcome: valid.kind };
+      this.#options.logger.debug(
+        valid.kind === 'refuse' ? { ...fields, reason: valid.message } : fields,
+        'request',
+      );
+    }
+    if (valid.kind === 'disconnect') {
+      this.drain();
+      return;
+    }
+    this.#inFlight += 1;
+    if (valid.kind === 'refuse' && valid.payloadBytes > 0) {
+      this.#skipBytes = valid.payloadBytes;
+      this.#afterSkip = () => this.#refuse(request.cookie, valid.error, valid.message);
+      return;
+    }
+    this.#carryOut(request.cookie, valid);
+  }
+
+  #carryOut(cookie: Cookie, valid: Exclude<ValidRequest, { kind: 'disconnect' }>): void {
+    switch (valid.kind) {
+      case 'refuse':
+        this.#refuse(cookie, valid.error, valid.message);
+        return;
+      case 'flush':
+        this.#acknowledge(cookie);
+        return;
+      case 'read':
+        this.#guard(this.#read(cookie, valid));
+        return;
+      case 'status':
+        this.#guard(this.#status(cookie, valid));
+        return;
+      default:
+        valid satisfies never;
+    }
+  }
+
+  /** A handler that throws is our own mistake: the connection ends, the server goes on. */
+  #guard(work: Promise<void>): void {
+    work.catch((err: unknown) => {
+      this.#options.logger.error({ err }, 'request handler failed');
+      this.#break('internal error', false);
+      this.#answered();
+    });
+  }
+
+  #break(reason: string, peersFault: boolean): void {
+    if (this.#state !== 'over') {
+      this.#options.outlet.broken(reason, peersFault);
+      this.destroy();
+    }
+  }
+
+  /** One request is done with, answered or dropped. */
+  #answered(): void {
+    this.#inFlight -= 1;
+    if (this.#inFlight === 0) {
+      for (const resolve of this.#whenIdle.splice(0)) {
+        resolve();
+      }
+    }
+    if (this.#stalled && this.#inFlight < this.#options.limits.requestsInFlight) {
+      this.#stalled = false;
+      this.#parse();
+      if (!this.#stalled && this.#state === 'open') {
+        this.#options.outlet.receiving(true);
+      }
+    }
+    this.#checkFinished();
+  }
+
+  #checkFinished(): void {
+    if (this.#state === 'draining' && this.#inFlight === 0) {
+      this.#state = 'over';
+      this.#options.outlet.finished();
+    }
+  }
+
+  /** Sends a whole simple reply or a whole chunk once no other reply bars the stream. */
+  #send(bytes: Buffer, done: () => void): void {
+    if (this.#exclusive && this.#state !== 'over') {
+      this.#barred.push(() => this.#options.outlet.write(bytes, done));
+    } else {
+      this.#options.outlet.write(bytes, done);
+    }
+  }
+
+  #releaseBarred(): void {
+    this.#exclusive = false;
+    // The next to take the stream for itself bars those behind it again.
+    const barred = this.#barred.splice(0);
+    for (const [index, act] of barred.entries()) {
+      if (this.#exclusive) {
+        this.#barred.unshift(...barred.slice(index));
+        return;
+      }
+      act();
+    }
+  }
+
+  /** Waits until no other reply bars the stream, then bars it. */
+  async #takeStream(): Promise<void> {
+    if (this.#exclusive && this.#state !== 'over') {
+      await new Promise<void>((resolve) => {
+        this.#barred.push(() => {
+          this.#exclusive = true;
+          resolve();
+        });
+      });
+    }
+    this.#exclusive = true;
+  }
+
+  #writeAndWait(bytes: Buffer): Promise<void> {
+    return new Promise((resolve) => this.#options.outlet.write(bytes, resolve));
+  }
+
+  #acknowledge(cookie: Cookie): void {
+    const reply = this.#rules.structuredReplies
+      ? encodeNone(cookie, NBD_REPLY_FLAG_DONE)
+      : encodeSimpleReply(cookie, 0);
+    this.#send(reply, () => this.#answered());
+  }
+
+  #refuse(cookie: Cookie, error: NbdError, message: string, offset?: number): void {
+    const reply = this.#rules.structuredReplies
+      ? encodeErrorChunk(cookie, NBD_REPLY_FLAG_DONE, error, message, offset)
+      : encodeSimpleReply(cookie, error);
+    this.#send(reply, () => this.#answered());
+  }
+
+  async #read(cookie: Cookie, request: ReadRequest): Promise<void> {
+    const { offset, length, dontFragment } = request;
+    const { structuredReplies, limits } = this.#rules;
+    if (length === 0) {
+      this.#acknowledge(cookie);
+    } else if (!structuredReplies && length > limits.pieceBytes) {
+      await this.#readLongSimple(cookie, offset, length);
+    } else if (!structuredReplies || dontFragment || this.#allocation === undefined) {
+      await this.#readSegments(cookie, [{ start: offset, end: offset + length, zero: false }]);
+    } else {
+      await this.#readSegments(cookie, segments(this.#allocation, offset, length));
+    }
+  }
+
+  /** Answers a read piece by piece, each read before its header leaves. */
+  async #readSegments(cookie: Cookie, parts: Iterable<Segment>): Promise<void> {
+    const iterator = parts[Symbol.iterator]();
+    let next = iterator.next();
+    while (!next.done) {
+      const { start, end, zero } = next.value;
+      next = iterator.next();
+      const isLast = next.done === true;
+      if (
+        !(zero
+          ? await this.#sendHole(cookie, start, end, isLast)
+          : await this.#sendData(cookie, start, end, isLast))
+      ) {
+        return;
+      }
+    }
+  }
+
+  /** Sends one chunk for zeroes. Returns whether the reply goes on. */
+  async #sendHole(cookie: Cookie, start: number, end: number, isLast: boolean): Promise<boolean> {
+    const { budget, hasFailed } = this.#options;
+    const flags = isLast ? NBD_REPLY_FLAG_DONE : 0;
+    const chunk = encodeOffsetHole(cookie, flags, start, end - start);
+    if (!budget.tryTake(chunk.length) && !(await budget.take(chunk.length))) {
+      this.#answered();
+      return false;
+    }
+    if (hasFailed()) {
+      budget.give(chunk.length);
+      this.#refuse(cookie, NBD_EIO, 'export has failed', start);
+      return false;
+    }
+    this.#send(chunk, () => {
+      budget.give(chunk.length);
+      if (isLast) {
+        this.#answered();
+      }
+    });
+    return true;
+  }
+
+  /** Reads and sends `[start, end)` in pieces. Returns whether the reply goes on. */
+  async #sendData(cookie: Cookie, start: number, end: number, isLast: boolean): Promise<boolean> {
+    const { budget, pool, limits } = this.#options;
+    const { structuredReplies } = this.#rules;
+    const headerBytes = structuredReplies ? OFFSET_DATA_HEADER_BYTES : SIMPLE_REPLY_BYTES;
+    for (let position = start; position < end; ) {
+      const length = Math.min(limits.pieceBytes, end - position);
+      if (!budget.tryTake(length) && !(await budget.take(length))) {
+        this.#answered();
+        return false;
+      }
+      const buffer = pool.take(length);
+      const release = (): void => {
+        pool.give(buffer);
+        budget.give(length);
+      };
+      const chunk = buffer.subarray(0, headerBytes + length);
+      const error = await this.#fill(chunk.subarray(headerBytes), position);
+      if (error !== undefined) {
+        release();
+        this.#refuse(cookie, error, 'read failed', position);
+        return false;
+      }
+      const ends = isLast && position + length === end;
+      if (structuredReplies) {
+        writeOffsetData(chunk, cookie, ends ? NBD_REPLY_FLAG_DONE : 0, position, length);
+      } else {
+        writeSimpleReply(chunk, cookie, 0);
+      }
+      this.#send(chunk, () => {
+        release();
+        if (ends) {
+          this.#answered();
+        }
+      });
+      position += length;
+    }
+    return true;
+  }
+
+  /**
+   * Answers a read with a simple reply that is longer than a piece. Its pieces must
+   * follow each other on the stream, so it keeps one buffer and bars all other
+   * replies meanwhile. Only its first piece is read before the header has left: an
+   * error after that can only end the connection.
+   */
+  async #readLongSimple(cookie: Cookie, offset: number, length: number): Promise<void> {
+    const { budget, pool, limits } = this.#options;
+    const pieceBytes = limits.pieceBytes;
+    if (!budget.tryTake(pieceBytes) && !(await budget.take(pieceBytes))) {
+      this.#answered();
+      return;
+    }
+    const buffer = pool.take(pieceBytes);
+    const end = offset + length;
+    const error = await this.#fill(
+      buffer.subarray(SIMPLE_REPLY_BYTES, SIMPLE_REPLY_BYTES + pieceBytes),
+      offset,
+    );
+    if (error === undefined) {
+      await this.#takeStream();
+      writeSimpleReply(buffer, cookie, 0);
+      await this.#writeAndWait(buffer.subarray(0, SIMPLE_REPLY_BYTES + pieceBytes));
+      let position = offset + pieceBytes;
+      while (position < end && this.#state !== 'over') {
+        const piece = buffer.subarray(0, Math.min(pieceBytes, end - position));
+        if ((await this.#fill(piece, position)) !== undefined) {
+          this.#break('read failed in the middle of a simple reply', false);
+          break;
+        }
+        await this.#writeAndWait(piece);
+        position += piece.length;
+      }
+      this.#releaseBarred();
+    }
+    pool.give(buffer);
+    budget.give(pieceBytes);
+    if (error === undefined) {
+      this.#answered();
+    } else {
+      this.#refuse(cookie, error, 'read failed', offset);
+    }
+  }
+
+  /** Reads from the export. Returns the error that the client gets, if any. */
+  async #fill(buffer: Buffer, offset: number): Promise<NbdError | undefined> {
+    const { agreement, logger, hasFailed } = this.#options;
+    if (this.#state === 'over') {
+      return NBD_EIO;
+    }
+    try {
+      if (!hasFailed()) {
+        await agreement.export.source.read(buffer, offset);
+      }
+    } catch (err) {
+      logger.error({ err, offset, length: buffer.length }, 'read failed');
+      return readErrorFor(err);
+    }
+    // It may have failed while we read: then the data may be wrong, whatever the read says.
+    return hasFailed() ? NBD_EIO : undefined;
+  }
+
+  async #status(cookie: Cookie, request: StatusRequest): Promise<void> {
+    const { agreement, budget, limits, hasFailed } = this.#options;
+    const { contexts } = agreement;
+    const { offset, length, requestOne } = request;
+    const range = statusRange(contexts, offset, length, limits.statusExtents, requestOne);
+    if (!budget.tryTake(range.replyBytes) && !(await budget.take(range.replyBytes))) {
+      this.#answered();
+      return;
+    }
+    if (hasFailed()) {
+      budget.give(range.replyBytes);
+      this.#refuse(cookie, NBD_EIO, 'export has failed');
+      return;
+    }
+    const reply = Buffer.allocUnsafe(range.replyBytes);
+    let at = 0;
+    for (const [index, { id, map }] of contexts.entries()) {
+      const flags = index === contexts.length - 1 ? NBD_REPLY_FLAG_DONE : 0;
+      at = writeBlockStatus(reply, at, { cookie, flags, contextId: id }, map, range);
+    }
+    this.#send(reply, () => {
+      budget.give(range.replyBytes);
+      this.#answered();
+    });
+  }
+}
