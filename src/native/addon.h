@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one JavaScript environment holds of the addon.
+#ifndef STILLBLOCK_NATIVE_ADDON_H_
+#define STILLBLOCK_NATIVE_ADDON_H_
+
+#include <napi.h>
+
+struct AddonData {
+  Napi::FunctionReference control;
+  Napi::FunctionReference snapshot;
+  Napi::FunctionReference store_file;
+};
+
+// Functions of files.cc.
+void ExportFiles(Napi::Env env, Napi::Object exports);
+
+#endif  // STILLBLOCK_NATIVE_ADDON_H_

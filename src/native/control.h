@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// /dev/stillblock: the module's version, its trackers, and the taking of snapshots.
+#ifndef STILLBLOCK_NATIVE_CONTROL_H_
+#define STILLBLOCK_NATIVE_CONTROL_H_
+
+#include <napi.h>
+
+#include <memory>
+
+#include "unique_fd.h"
+
+// JavaScript: { info(), list(), attach(), detach(), take(), close() }. An operation that runs
+// keeps the descriptor; close() only lets go of it.
+class Control final : public Napi::ObjectWrap<Control> {
+ public:
+  static Napi::Function Define(Napi::Env env);
+  // openControl(): Control; throws if there is no device, or one may not open it.
+  static Napi::Value Open(const Napi::CallbackInfo& info);
+
+  explicit Control(const Napi::CallbackInfo& info);
+
+ private:
+  // { abi, chunkSizeBytes, version }
+  Napi::Value Info(const Napi::CallbackInfo& info);
+  // Promise of [{ id, major, minor, sizeBytes, blockSizeBytes, inSnapshot, stale, generation,
+  // number, writes, heldWrites }]
+  Napi::Value List(const Napi::CallbackInfo& info);
+  // attach(path, blockSizeBytes | 0): Promise<bigint>
+  Napi::Value Attach(const Napi::CallbackInfo& info);
+  // detach(id: bigint): Promise<void>
+  Napi::Value Detach(const Napi::CallbackInfo& info);
+  // take({ trackers: bigint[], mounts: number[], stores: (StoreFile | number)[],
+  // freezeTimeoutMs, lowWatermarkBytes }): Promise<Snapshot>; a number is a limit of memory
+  Napi::Value Take(const Napi::CallbackInfo& info);
+  Napi::Value Close(const Napi::CallbackInfo& info);
+
+  // Throws and returns null when closed.
+  std::shared_ptr<UniqueFd> Device(Napi::Env env) const;
+
+  std::shared_ptr<UniqueFd> device_;
+};
+
+#endif  // STILLBLOCK_NATIVE_CONTROL_H_
