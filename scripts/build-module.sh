@@ -6,7 +6,8 @@
 #
 #   scripts/build-module.sh 6.1|6.12 [make arguments, e.g. W=1 C=2]
 #
-# STILLBLOCK_MODULE_SOURCES names another source folder (default: module/).
+# STILLBLOCK_MODULE_SOURCES and STILLBLOCK_MODULE_OUTPUT name another source
+# and output folder (default: module/ and build/module-KERNEL/).
 . "$(dirname "$0")/common.sh"
 
 [ $# -ge 1 ] || die "usage: scripts/build-module.sh KERNEL [make arguments]"
@@ -19,7 +20,7 @@ tree=$cache/kernels/$kernel
 [ -r "$tree/release" ] || "$checkout/scripts/kernels.sh" "$kernel"
 release=$(cat "$tree/release")
 headers=$tree/usr/src/linux-headers-$release
-output=$checkout/build/module-$kernel
+output=${STILLBLOCK_MODULE_OUTPUT:-$checkout/build/module-$kernel}
 mkdir -p "$output"
 
 exec {build_fd}>"$output/.lock"

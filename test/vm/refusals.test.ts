@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bad input on a running server: each is refused in one line that says what is
+// wrong, with the right exit code, and leaves nothing behind. One guest serves
+// all the checks, in order.
+
+import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import test from 'ava';
+import { checkout } from './checkout.ts';
+import { bootGuest, type Guest } from './guest.ts';
+import { runTool } from './host.ts';
+import { shellQuote } from './initrd.ts';
+
+const MiB = 1 << 20;
+const kernel = '6.1';
+const nbdPort = 10809;
+const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
+const cliLimitMs = 60_000;
+
+const failed = 1;
+const usage = 2;
+const overflow = 4;
+
+let guest: Guest;
+/** Device nodes: an ext4 to snap, the store's disk, an XFS and a btrfs. */
+let origin = '';
+let foreignModule = '';
+let folder = '';
+
+/** Builds the same module with another ABI number: one that is not this CLI's. */
+async function buildForeignModule(): Promise<string> {
+  const sources = join(folder, 'module');
+  await cp(join(checkout, 'module'), sources, { recursive: true });
+  const header = join(sources, 'uapi/linux/stillblock.h');
+  const text = await readFile(header, 'utf8');
+  const changed = text.replace(/^(#define STILLBLOCK_ABI\s+)\d+$/m, '$19999');
+  if (changed === text) throw new Error('STILLBLOCK_ABI is not where it was');
+  await writeFile(header, changed);
+  const output = join(folder, 'built');
+  const script = join(checkout, 'scripts/build-module.sh');
+  await runTool('env', [
+    `STILLBLOCK_MODULE_SOURCES=${sources}`,
+    `STILLBLOCK_MODULE_OUTPUT=${output}`,
+    ...[script, kernel],
+  ]);
+  return join(output, 'stillblock.ko');
+}
+
+test.before(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'stillblock-refusals-'));
+  foreignModule = await buildForeignModule();
+  guest = await bootGuest({
+    kernel,
+    disks: [
+      { name: 'origin', sizeBytes: 64 * MiB },
+      { name: 'store', sizeBytes: 128 * MiB },
+      { name: 'xfs', sizeBytes: 320 * MiB },
+      { name: 'btrfs', sizeBytes: 128 * MiB },
+    ],
+    forwardPorts: [nbdPort],
+    // 64 MiB of memory play persistent memory, which file systems map directly.
+    appendCmdline: 'memmap=64M!1G',
+  });
+  const [store, xfs, btrfs] = await Promise.all(
+    ['store', 'xfs', 'btrfs'].map((name) => guest.disk(name)),
+  );
+  origin = await guest.disk('origin');
+  await guest.run(
+    `set -e
+    mkdir -p /srv/origin /srv/store /srv/xfs /srv/btrfs
+    mkfs.ext4 -q -F ${origin}; mount ${origin} /srv/origin
+    mkfs.ext4 -q -F ${store}; mount ${store} /srv/store
+    mkfs.xfs -q ${xfs}; mount ${xfs} /srv/xfs
+    mkfs.btrfs -q ${btrfs}; mount ${btrfs} /srv/btrfs
+    fallocate -l 1M /srv/store/small
+    dd if=/dev/urandom of=/srv/xfs/shared bs=1M count=16 status=none
+    cp --reflink=always /srv/xfs/shared /srv/xfs/copy
+    dd if=/dev/urandom of=/srv/btrfs/file bs=1M count=32 status=none
+    dd if=/dev/urandom of=/srv/origin/file bs=1M count=16 status=none
+    modprobe nd_pmem; modprobe null_blk nr_devices=1 zoned=1 gb=1 zone_size=64
+    sync`,
+    { timeoutMs: 120_000 },
+  );
+});
+
+test.after.always(async () => {
+  await guest?.kill();
+  await rm(folder, { recursive: true, force: true });
+});
+
+interface Refusal {
+  readonly command: string;
+  readonly code: number;
+  readonly says: RegExp;
+}
+
+/** Runs the CLI, which must refuse with one line; what it says is the message. */
+async function assertRefused(
+  t: {
+    is: (a: unknown, b: unknown, m?: string) => boolean;
+    regex: (a: string, b: RegExp, m?: string) => boolean;
+  },
+  { command, code, says }: Refusal,
+): Promise<void> {
+  const result = await guest.run(command, { check: false, timeoutMs: cliLimitMs });
+  const all = `${command}\n${result.stdout}${result.stderr}`;
+  t.is(result.code, code, all);
+  t.regex(result.stderr, says, all);
+  t.is(result.stderr.trimEnd().split('\n').length, 1, `more than one line:\n${all}`);
+}
+
+const begin = (rest: string): string =>
+  `${cli} backup begin --json -i 127.0.0.1 -p ${nbdPort} ${rest}`;
+
+/** What must be the same before and after a refusal. */
+const leftovers = (): Promise<string> =>
+  guest
+    .run(
+      `ls -A /run/stillblock /var/lib/stillblock/checkpoints /srv/store 2>&1 | sort; ss -ltnH; ls /dev | grep -i stillblock; mount | grep -c . `,
+    )
+    .then(({ stdout }) => stdout);
+
+test.serial('without the module, or with another version of it, it says so', async (t) => {
+  const command = `${cli} device attach ${origin}`;
+  await assertRefused(t, { command, code: failed, says: /module/i });
+  await guest.run(`insmod ${shellQuote(foreignModule)}`);
+  await assertRefused(t, { command, code: failed, says: /version|ABI/i });
+  await guest.run('rmmod stillblock');
+});
+
+test.serial('without root it says so', async (t) => {
+  await guest.loadModule();
+  const command = `setpriv --reuid 65534 --regid 65534 --clear-groups ${cli} device attach ${origin}`;
+  await assertRefused(t, { command, code: failed, says: /root|permi/i });
+});
+
+const devices = [
+  { what: 'a plain file', device: '/etc/passwd', says: /not a block device/i },
+  { what: 'a character device', device: '/dev/null', says: /not a block device/i },
+  { what: 'a device that does not exist', device: '/dev/absent', says: /no such|not exist/i },
+  { what: 'a zoned device', device: '/dev/nullb0', says: /zoned/i },
+  { what: 'a DAX device', device: '/dev/pmem0', says: /dax|direct/i },
+] as const;
+
+for (const { what, device, says } of devices) {
+  test.serial(`${what} is not attached`, async (t) => {
+    await assertRefused(t, { command: `${cli} device attach ${device}`, code: failed, says });
+  });
+}
+
+test.serial('an attached device is not attached again', async (t) => {
+  await guest.run(`${cli} device attach ${origin}`, { timeoutMs: cliLimitMs });
+  const command = `${cli} device attach ${origin}`;
+  await assertRefused(t, { command, code: failed, says: /already/i });
+});
+
+const stores = [
+  { what: 'a file that is too small', store: '/srv/store/small', says: /small/i },
+  { what: 'a reflinked file', store: '/srv/xfs/shared', says: /shared|reflink/i },
+  { what: 'a file on btrfs', store: '/srv/btrfs/file', says: /btrfs/i },
+  { what: 'a folder on btrfs', store: '/srv/btrfs', says: /btrfs/i },
+  {
+    what: 'a file on the origin',
+    store: '/srv/origin/file',
+    says: /same device|origin|itself|snapshot/i,
+  },
+  {
+    what: 'a folder on the origin',
+    store: '/srv/origin',
+    says: /same device|origin|itself|snapshot/i,
+  },
+  { what: 'a path that does not exist', store: '/srv/absent/store', says: /no such|not exist/i },
+] as const;
+
+for (const { what, store, says } of stores) {
+  test.serial(`${what} is no store`, async (t) => {
+    const before = await leftovers();
+    const command = begin(`--checkpoint refused --store ${store}`);
+    await assertRefused(t, { command, code: failed, says });
+    t.is(await leftovers(), before);
+  });
+}
+
+for (const name of ['a/b', '../x', 'a b', "'<x>'", "''", '.']) {
+  test.serial(`a checkpoint is not named ${name}`, async (t) => {
+    const before = await leftovers();
+    const command = begin(
+      `--checkpoint '${name.replaceAll("'", '')}' --store memory --store-size 16M`,
+    );
+    await assertRefused(t, { command, code: usage, says: /checkpoint|name/i });
+    t.is(await leftovers(), before);
+  });
+}
+
+test.serial('a port in use is refused, and so is a checkpoint name that is taken', async (t) => {
+  const before = await leftovers();
+  const holder = guest.start(`exec socat TCP-LISTEN:${nbdPort},bind=127.0.0.1,fork EXEC:cat`);
+  await guest.run(`until ss -ltnH | grep -q :${nbdPort}; do sleep 0.05; done`);
+  const command = begin('--checkpoint taken --store memory --store-size 16M');
+  await assertRefused(t, { command, code: failed, says: /in use/i });
+  holder.kill(15);
+  await holder.wait(cliLimitMs);
+  t.is(await leftovers(), before);
+
+  const first = guest.start(`exec ${command}`);
+  await first.waitForOutput(/"event":"serving"/, cliLimitMs);
+  first.kill(2);
+  t.is((await first.wait(cliLimitMs)).code, 0);
+  await assertRefused(t, { command, code: failed, says: /taken|already|exists/i });
+});
+
+test.serial('a store that overflows fails the pull; the origin never notices', async (t) => {
+  const backup = guest.start(
+    `exec ${cli} backup begin --json --checkpoint full --store memory --store-size 4M -i 0.0.0.0 -p ${nbdPort}`,
+  );
+  const [line] = await backup.waitForOutput(/^\{.*"event":"serving".*\}$/m, cliLimitMs);
+  const { exports } = JSON.parse(line) as { exports: { name: string }[] };
+  const name = exports[0]?.name ?? '';
+  await guest.run(
+    `set -e
+    sha256sum /srv/origin/file >/run/before
+    dd if=/dev/urandom of=/run/new bs=1M count=16 status=none
+    dd if=/run/new of=/srv/origin/file conv=notrunc oflag=direct bs=1M status=none
+    cmp /run/new /srv/origin/file`,
+  );
+  await backup.waitForOutput(/"event":"failed"/, cliLimitMs);
+  const uri = `nbd://127.0.0.1:${guest.hostPort(nbdPort)}/${encodeURIComponent(name)}`;
+  const image = join(folder, 'overflowed.qcow2');
+  const pull = await runTool('qemu-img', ['convert', '-f', 'raw', '-O', 'qcow2', uri, image], {
+    check: false,
+  });
+  t.not(pull.code, 0, 'an image whose store overflowed was pulled');
+  t.regex(pull.stderr, /Input\/output error|Could not open|Failed to connect/i);
+  backup.kill(2);
+  const ended = await backup.wait(cliLimitMs);
+  t.is(ended.code, overflow, `${ended.stdout}${ended.stderr}`);
+  t.regex(`${ended.stdout}${ended.stderr}`, /overflow|full/i);
+  await guest.run('echo 3 >/proc/sys/vm/drop_caches; cmp /run/new /srv/origin/file');
+});
+
+test.serial('after all that the module unloads and the kernel has not complained', async (t) => {
+  await guest.run(`set -e; ${cli} device detach ${origin}; umount /srv/origin; rmmod stillblock`, {
+    timeoutMs: cliLimitMs,
+  });
+  const { code, stdout } = await guest.run(`e2fsck -fn ${origin}`, { check: false });
+  t.is(code, 0, stdout);
+  // Reads of the overflowed image fail, as they must.
+  await t.notThrowsAsync(guest.shutdown([/I\/O error.*stillblock|stillblock.*I\/O error/]));
+});
