@@ -203,7 +203,7 @@ export class Guest {
       'console=ttyS0 loglevel=5 quiet',
       // A crash ends QEMU, with its report on the console.
       'panic=-1 oops=panic',
-      'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60 nowatchdog',
+      'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60',
       options.appendCmdline ?? '',
     ].join(' ');
     return [
