@@ -166,7 +166,7 @@ export interface DiskOptions {
  *
  * @throws RangeError if a range or a map does not fit the source
  */
-export function diskExports(options: DiskOptions): Export[] {
+export function diskExports(options: DiskOptions): [Export, ...Export[]] {
   const { name, description, source } = options;
   const allocation = options.allocation ?? ExtentMap.uniform(source.sizeBytes, 0);
   const contexts = new Map([[BASE_ALLOCATION, allocation]]);

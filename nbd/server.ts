@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /** The NBD server: what is exported, where it listens, who is connected. */
-import { lstat, unlink } from 'node:fs/promises';
+import { lstat, stat, unlink } from 'node:fs/promises';
 import { connect, createServer, isIPv4, isIPv6, type Server, type Socket } from 'node:net';
 import { networkInterfaces } from 'node:os';
-import { resolve as resolvePath } from 'node:path';
+import { dirname, resolve as resolvePath } from 'node:path';
 import { BufferPool, SharedBudget } from './budget.ts';
 import { Connection } from './connection.ts';
 import { NBD_DEFAULT_PORT } from './constants.ts';
@@ -213,7 +213,10 @@ export class NbdServer {
     try {
       await this.#listenOrReplace(server, address);
     } catch (cause) {
-      const code = errorCode(cause) ?? 'EIO';
+      // libuv says EACCES of a socket in a folder that does not exist.
+      const folder = 'path' in address ? await stat(dirname(address.path)).catch(errorCode) : '';
+      const code =
+        typeof folder === 'string' && folder !== '' ? folder : (errorCode(cause) ?? 'EIO');
       const reason = cause instanceof Error ? cause.message : String(cause);
       throw failure(code, `cannot listen on ${where}: ${reason}`, cause);
     }
