@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+/** What a backup says of itself: on its control socket, and on its own stdout. */
+
+/**
+ * The life of a backup, changed by BackupSession alone.
+ *
+ *     preparing ──► taking ──► serving ──► ending ──► ended
+ *         │            │          │           ▲
+ *         │            │          └► failed ──┤
+ *         └────────────┴──────────────────────┘
+ *
+ * Nothing leaves `failed` but to end: a failed image never becomes good again.
+ */
+export type BackupPhase = 'preparing' | 'taking' | 'serving' | 'failed' | 'ending' | 'ended';
+
+/** Where each phase may lead. */
+export const NEXT_PHASES: Readonly<Record<BackupPhase, readonly BackupPhase[]>> = {
+  preparing: ['taking', 'ending'],
+  taking: ['serving', 'ending'],
+  serving: ['failed', 'ending'],
+  failed: ['ending'],
+  ending: ['ended'],
+  ended: [],
+};
+
+/** An export that is served. */
+export interface ExportReport {
+  readonly name: string;
+  readonly disk: string;
+  /** Of a delta export: the checkpoint since which its changes are. */
+  readonly checkpoint?: string;
+  readonly uris: readonly string[];
+  readonly sizeBytes: number;
+  /** Of a delta export: what changed since the checkpoint, in whole blocks. */
+  readonly dirtyBytes?: number;
+}
+
+/** A disk of the snapshot. */
+export interface DiskReport {
+  readonly name: string;
+  readonly device: string;
+  readonly sizeBytes: number;
+  /** The image's device. */
+  readonly image: string;
+  /** Checkpoints since which its changes are served. */
+  readonly incremental: readonly string[];
+  /** Checkpoints since which they are not, and why. */
+  readonly full: readonly { readonly checkpoint: string; readonly why: string }[];
+}
+
+export interface StoreReport {
+  readonly place: string;
+  readonly capacityBytes: number;
+  readonly usedBytes: number;
+}
+
+/** A backup that runs. */
+export interface BackupDescription {
+  readonly state: BackupPhase;
+  readonly checkpoint: string;
+  readonly pid: number;
+  /** Reason of the failure, when failed. */
+  readonly reason?: string;
+  /** ISO 8601, once it is taken. */
+  readonly takenAt?: string;
+  /** How long file systems were frozen, milliseconds. */
+  readonly freezeMs?: number;
+  /** How long writes were held for the switch, milliseconds. */
+  readonly gateMs?: number;
+  /** Writes that had to wait for copy-on-write since. */
+  readonly heldWrites?: number;
+  readonly store?: StoreReport;
+  readonly disks: readonly DiskReport[];
+  readonly exports: readonly ExportReport[];
+  /** Files among the checkpoints that are none, and why. */
+  readonly brokenCheckpoints: readonly { readonly name: string; readonly problem: string }[];
+}
+
+/** A backup that has ended, and whether its images were right to the end. */
+export interface BackupEnded {
+  readonly checkpoint: string;
+  readonly failed: boolean;
+  readonly reason?: string;
+}

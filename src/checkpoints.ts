@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * Checkpoints: named points in the change histories of disks. Each is kept as one
+ * file of libvirt's `<domaincheckpoint>` XML. What libvirt has no word for, the
+ * generation and the number of each disk's change history, stands in attributes of
+ * our own namespace:
+ *
+ *     <domaincheckpoint xmlns:stillblock="urn:stillblock:checkpoint:1">
+ *       <name>tuesday</name>
+ *       <parent><name>monday</name></parent>
+ *       <creationTime>1767225600</creationTime>
+ *       <disks>
+ *         <disk name="sda" checkpoint="bitmap" bitmap="tuesday" size="1073741824"
+ *           stillblock:generation="8f14e45f-…" stillblock:number="3"/>
+ *       </disks>
+ *     </domaincheckpoint>
+ */
+import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import { XMLBuilder, XMLParser, XMLValidator } from 'fast-xml-parser';
+import { isDiskName } from './block-devices.ts';
+import { explain, StillblockError, usageError } from './errors.ts';
+import { checkpointFolder, type Folders, makeFolder } from './folders.ts';
+
+/** A disk at the instant of a checkpoint. */
+export interface CheckpointDisk {
+  readonly name: string;
+  readonly sizeBytes: number;
+  /** UUID of the change history that the number belongs to. */
+  readonly generation: string;
+  /** Blocks that are marked with a higher number have changed since. */
+  readonly number: number;
+}
+
+export interface Checkpoint {
+  readonly name: string;
+  readonly description: string;
+  /** The checkpoint before this one, if there was any. */
+  readonly parent: string | undefined;
+  /** Seconds since 1970. */
+  readonly creationTime: number;
+  readonly disks: readonly CheckpointDisk[];
+}
+
+/** A disk as it is now, or as a snapshot has it. */
+export interface DiskHistory {
+  readonly name: string;
+  readonly sizeBytes: number;
+  readonly generation: string;
+  readonly number: number;
+}
+
+/** Whether what changed on a disk since a checkpoint is known. */
+export type Verdict =
+  | { readonly kind: 'incremental'; readonly number: number }
+  | { readonly kind: 'full'; readonly why: string };
+
+const NAMESPACE = 'urn:stillblock:checkpoint:1';
+/** A checkpoint of 64 disks takes 20 KiB; more is not ours. */
+const MAX_FILE_BYTES = 1024 * 1024;
+const NAME = /^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$/;
+/** A file name holds 255 bytes, suffix and all. */
+const MAX_NAME_LENGTH = 200;
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
+
+/** Whether a text is the name of a checkpoint, as libvirt allows them. */
+export function isCheckpointName(text: string): boolean {
+  return NAME.test(text) && text.length <= MAX_NAME_LENGTH;
+}
+
+/** @throws StillblockError about usage if a text is no name of a checkpoint */
+export function requireCheckpointName(text: string): string {
+  if (!isCheckpointName(text)) {
+    throw usageError(
+      `${JSON.stringify(text)} cannot name a checkpoint`,
+      `use letters, digits, '_', '-' and '.', not first, at most ${MAX_NAME_LENGTH}`,
+    );
+  }
+  return text;
+}
+
+/**
+ * Decides whether changes since a checkpoint can be told for a disk. In doubt a full
+ * copy is required.
+ *
+ * @param disk the disk now, or in a snapshot taken after the checkpoint
+ */
+export function judge(checkpoint: Checkpoint, disk: DiskHistory): Verdict {
+  // A disk is its history: under another name it is still the same.
+  const known =
+    checkpoint.disks.find(({ generation }) => generation === disk.generation) ??
+    checkpoint.disks.find(({ name }) => name === disk.name);
+  if (known === undefined) {
+    return { kind: 'full', why: 'the checkpoint does not contain this disk' };
+  }
+  if (known.generation !== disk.generation) {
+    return { kind: 'full', why: 'the tracking of changes began anew after the checkpoint' };
+  }
+  if (known.sizeBytes !== disk.sizeBytes) {
+    return { kind: 'full', why: 'the disk had another size at the checkpoint' };
+  }
+  if (known.number > disk.number) {
+    return { kind: 'full', why: 'the checkpoint is from the future of this change history' };
+  }
+  return { kind: 'incremental', number: known.number };
+}
+
+const builder = new XMLBuilder({
+  ignoreAttributes: false,
+  attributeNamePrefix: '@',
+  format: true,
+  suppressEmptyNode: true,
+  suppressBooleanAttributes: false,
+});
+
+/** Writes a checkpoint as XML. */
+export function formatCheckpoint(checkpoint: Checkpoint): string {
+  const { name, description, parent, creationTime, disks } = checkpoint;
+  return builder.build({
+    domaincheckpoint: {
+      '@xmlns:stillblock': NAMESPACE,
+      name,
+      ...(description === '' ? {} : { description }),
+      ...(parent === undefined ? {} : { parent: { name: parent } }),
+      creationTime: String(creationTime),
+      disks: {
+        disk: disks.map((disk) => ({
+          '@name': disk.name,
+          '@checkpoint': 'bitmap',
+          '@bitmap': name,
+          '@size': String(disk.sizeBytes),
+          '@stillblock:generation': disk.generation,
+          '@stillblock:number': String(disk.number),
+        })),
+      },
+    },
+  });
+}
+
+const parser = new XMLParser({
+  ignoreAttributes: false,
+  attributeNamePrefix: '@',
+  parseTagValue: false,
+  parseAttributeValue: false,
+  ignoreDeclaration: true,
+  isArray: (_name, path) => path === 'domaincheckpoint.disks.disk',
+});
+
+function bad(problem: string): StillblockError {
+  return new StillblockError(
+    'BAD_CHECKPOINT',
+    `not a checkpoint: ${problem}`,
+    'restore the file from a copy, or delete the checkpoint',
+  );
+}
+
+/** An element's children and attributes, none of them unknown. */
+function members<Key extends string>(
+  value: unknown,
+  element: string,
+  known: readonly Key[],
+): Readonly<Partial<Record<Key, unknown>>> {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+    throw bad(`<${element}> is missing, empty, or there twice`);
+  }
+  const names: readonly string[] = known;
+  const unknown = Object.keys(value).find((key) => !names.includes(key));
+  if (unknown !== undefined) {
+    throw bad(`<${element}> has an unknown ${unknown.replace('@', 'attribute ')}`);
+  }
+  return value as Readonly<Partial<Record<Key, unknown>>>;
+}
+
+function text(value: unknown, what: string): string {
+  if (typeof value !== 'string') {
+    throw bad(`${what} is missing, or there twice`);
+  }
+  return value;
+}
+
+function count(value: unknown, what: string): number {
+  const digits = text(value, what);
+  const number = Number(digits);
+  if (!/^\d+$/.test(digits) || !Number.isSafeInteger(number)) {
+    throw bad(`${what} is not a number`);
+  }
+  return number;
+}
+
+function parseDisk(value: unknown, checkpoint: string): CheckpointDisk {
+  const disk = members(value, 'disk', [
+    '@name',
+    '@checkpoint',
+    '@bitmap',
+    '@size',
+    '@stillblock:generation',
+    '@stillblock:number',
+  ]);
+  const name = text(disk['@name'], "a disk's name");
+  if (!isDiskName(name)) {
+    throw bad(`${JSON.stringify(name)} cannot name a disk`);
+  }
+  if (disk['@checkpoint'] !== 'bitmap' || disk['@bitmap'] !== checkpoint) {
+    throw bad(`disk ${name} does not belong to it`);
+  }
+  const generation = text(disk['@stillblock:generation'], `the generation of disk ${name}`);
+  if (!UUID.test(generation)) {
+    throw bad(`the generation of disk ${name} is not a UUID`);
+  }
+  return {
+    name,
+    sizeBytes: count(disk['@size'], `the size of disk ${name}`),
+    generation,
+    number: count(disk['@stillblock:number'], `the number of disk ${name}`),
+  };
+}
+
+/**
+ * Reads a checkpoint. Input that is not exactly what {@link formatCheckpoint} could
+ * have written, apart from order and white space, is refused.
+ *
+ * @throws StillblockError that says what is wrong with it
+ */
+export function parseCheckpoint(xml: string): Checkpoint {
+  if (Buffer.byteLength(xml) > MAX_FILE_BYTES) {
+    throw bad('the file is too large');
+  }
+  // Entities of a document's own are how XML blows up.
+  if (/<!(DOCTYPE|ENTITY)/i.test(xml)) {
+    throw bad('it declares a document type');
+  }
+  const valid = XMLValidator.validate(xml);
+  if (valid !== true) {
+    throw bad(valid.err.msg);
+  }
+  let document: unknown;
+  try {
+    document = parser.parse(xml);
+  } catch (error) {
+    throw bad(error instanceof Error ? error.message : String(error));
+  }
+  const { domaincheckpoint } = members(document, 'domaincheckpoint', ['domaincheckpoint']);
+  const root = members(domaincheckpoint, 'domaincheckpoint', [
+    '@xmlns:stillblock',
+    'name',
+    'description',
+    'parent',
+    'creationTime',
+    'disks',
+  ]);
+  if (root['@xmlns:stillblock'] !== NAMESPACE) {
+    throw bad('it was not made by this version of stillblock');
+  }
+  const name = text(root.name, 'the name');
+  if (!isCheckpointName(name)) {
+    throw bad(`${JSON.stringify(name)} cannot name a checkpoint`);
+  }
+  const parent = root.parent === undefined ? {} : members(root.parent, 'parent', ['name']);
+  const { disk } = members(root.disks, 'disks', ['disk']);
+  if (!Array.isArray(disk)) {
+    throw bad('it has no disks');
+  }
+  const disks = disk.map((entry) => parseDisk(entry, name));
+  if (new Set(disks.map((entry) => entry.name)).size !== disks.length) {
+    throw bad('a disk is there twice');
+  }
+  return {
+    name,
+    description: root.description === undefined ? '' : text(root.description, 'description'),
+    parent: parent.name === undefined ? undefined : text(parent.name, "the parent's name"),
+    creationTime: count(root.creationTime, 'the creation time'),
+    disks,
+  };
+}
+
+/** A file among the checkpoints that is none. */
+export interface BrokenCheckpoint {
+  readonly name: string;
+  readonly problem: string;
+}
+
+/** All checkpoints, oldest first, and what is broken. */
+export interface CheckpointList {
+  readonly checkpoints: readonly Checkpoint[];
+  readonly broken: readonly BrokenCheckpoint[];
+}
+
+function codeOf(error: unknown): string | undefined {
+  return error instanceof Error && 'code' in error ? String(error.code) : undefined;
+}
+
+/** The checkpoints that are kept. */
+export class CheckpointStore {
+  readonly #folder: string;
+
+  constructor(folders: Folders) {
+    this.#folder = checkpointFolder(folders);
+  }
+
+  #file(name: string): string {
+    return join(this.#folder, `${requireCheckpointName(name)}.xml`);
+  }
+
+  /** Whether there is one of this name, be it broken. */
+  async has(name: string): Promise<boolean> {
+    try {
+      await stat(this.#file(name));
+      return true;
+    } catch (error) {
+      if (codeOf(error) === 'ENOENT' || codeOf(error) === 'ENOTDIR') {
+        return false;
+      }
+      throw explain(error, this.#file(name));
+    }
+  }
+
+  /** @throws StillblockError if there is none of this name, or it is broken */
+  async read(name: string): Promise<Checkpoint> {
+    const file = this.#file(name);
+    let xml: string;
+    try {
+      xml = await readFile(file, 'utf8');
+    } catch (error) {
+      if (codeOf(error) === 'ENOENT') {
+        throw new StillblockError(
+          'NO_CHECKPOINT',
+          `there is no checkpoint ${name}`,
+          'see stillblock checkpoint list',
+          { cause: error },
+        );
+      }
+      throw explain(error, file);
+    }
+    try {
+      const checkpoint = parseCheckpoint(xml);
+      if (checkpoint.name !== name) {
+        throw bad(`it is named ${checkpoint.name}`);
+      }
+      return checkpoint;
+    } catch (error) {
+      if (error instanceof StillblockError) {
+        throw new StillblockError(error.code, `${file}: ${error.message}`, error.advice);
+      }
+      throw error;
+    }
+  }
+
+  async list(): Promise<CheckpointList> {
+    let files: string[];
+    try {
+      files = await readdir(this.#folder);
+    } catch (error) {
+      if (codeOf(error) === 'ENOENT') {
+        return { checkpoints: [], broken: [] };
+      }
+      throw explain(error, this.#folder);
+    }
+    const checkpoints: Checkpoint[] = [];
+    const broken: BrokenCheckpoint[] = [];
+    const names = files.filter((file) => file.endsWith('.xml')).map((file) => file.slice(0, -4));
+    // Others are not ours: no checkpoint has such a name.
+    for (const name of names.filter(isCheckpointName).sort()) {
+      try {
+        checkpoints.push(await this.read(name));
+      } catch (error) {
+        broken.push({ name, problem: error instanceof Error ? error.message : String(error) });
+      }
+    }
+    checkpoints.sort((a, b) => a.creationTime - b.creationTime);
+    return { checkpoints, broken };
+  }
+
+  /** Makes the folder, so that nothing but the file is missing later. */
+  async prepare(): Promise<void> {
+    await makeFolder(this.#folder);
+  }
+
+  /**
+   * Keeps a checkpoint: after this it survives a crash, and before it nothing of it
+   * is visible.
+   */
+  async write(checkpoint: Checkpoint): Promise<void> {
+    const file = this.#file(checkpoint.name);
+    const temporary = join(this.#folder, `.${checkpoint.name}.xml.new`);
+    try {
+      await this.#writeOut(temporary, formatCheckpoint(checkpoint));
+      await rename(temporary, file);
+      await this.#syncFolder();
+    } catch (error) {
+      await rm(temporary, { force: true });
+      throw explain(error, file);
+    }
+  }
+
+  async #writeOut(path: string, xml: string): Promise<void> {
+    const handle = await open(path, 'w', 0o600);
+    try {
+      await handle.writeFile(xml);
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  }
+
+  async #syncFolder(): Promise<void> {
+    const handle = await open(this.#folder, 'r');
+    try {
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  }
+
+  /** @throws StillblockError if there is none */
+  async delete(name: string): Promise<void> {
+    try {
+      await rm(this.#file(name));
+      await this.#syncFolder();
+    } catch (error) {
+      if (codeOf(error) === 'ENOENT') {
+        throw new StillblockError(
+          'NO_CHECKPOINT',
+          `there is no checkpoint ${name}`,
+          'see stillblock checkpoint list',
+          { cause: error },
+        );
+      }
+      throw explain(error, name);
+    }
+  }
+}

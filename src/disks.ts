@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+/** Which tracked devices a command means, and how they are called. */
+import { stat } from 'node:fs/promises';
+import {
+  type BlockDevices,
+  type DeviceNumber,
+  deviceNumber,
+  isDiskName,
+  splitDeviceNumber,
+} from './block-devices.ts';
+import { explain, explainControl, reasonWords, StillblockError, usageError } from './errors.ts';
+import { ControlDevice, isNativeError, nativeConstants, type Tracker } from './native.ts';
+
+/** A tracked device under the name that its exports and checkpoints have. */
+export interface Disk {
+  readonly name: string;
+  readonly number: DeviceNumber;
+  /** For people. */
+  readonly path: string;
+  readonly tracker: Tracker;
+}
+
+/** A device as the user names it. */
+export interface DiskRequest {
+  /** Name of the export; undefined for the default. */
+  readonly name: string | undefined;
+  readonly path: string;
+}
+
+/** Reads `[NAME=]DEV`. A path may contain `=` itself. */
+export function parseDiskRequest(text: string): DiskRequest {
+  const equals = text.indexOf('=');
+  if (equals < 0 || text.startsWith('/') || text.startsWith('.')) {
+    return { name: undefined, path: text };
+  }
+  const name = text.slice(0, equals);
+  if (!isDiskName(name)) {
+    throw usageError(
+      `${JSON.stringify(name)} cannot name a disk`,
+      "use letters, digits, '_', '-', '+' and '.', not first",
+    );
+  }
+  return { name, path: text.slice(equals + 1) };
+}
+
+/**
+ * The device that a path leads to.
+ *
+ * @throws StillblockError if there is none, or it is no block device
+ */
+export async function blockDeviceAt(path: string): Promise<DeviceNumber> {
+  const status = await stat(path).catch((error: unknown) => {
+    throw explain(error, path);
+  });
+  if (!status.isBlockDevice()) {
+    const { message, advice } = reasonWords('NOT_BLOCK_DEVICE', path);
+    throw new StillblockError('NOT_BLOCK_DEVICE', message, advice);
+  }
+  return splitDeviceNumber(status.rdev);
+}
+
+/** @returns a tracked device under its default name */
+export function diskOf(tracker: Tracker, devices: BlockDevices): Disk {
+  const number = deviceNumber(tracker.major, tracker.minor);
+  const device = devices.get(number);
+  return {
+    name: device?.diskName ?? number.replace(':', '-'),
+    number,
+    path: devices.describe(number),
+    tracker,
+  };
+}
+
+/**
+ * Chooses tracked devices, top down, as a snapshot takes them.
+ *
+ * @param wanted devices and names; all tracked ones if there are none
+ * @throws StillblockError if one is not tracked or named twice, or two names are the same
+ */
+export function chooseDisks(
+  trackers: readonly Tracker[],
+  devices: BlockDevices,
+  wanted: readonly (DiskRequest & { readonly number: DeviceNumber })[],
+): Disk[] {
+  const tracked = trackers.map((tracker) => diskOf(tracker, devices));
+  if (tracked.length === 0) {
+    throw new StillblockError(
+      'NOTHING_TRACKED',
+      'no device is tracked',
+      'run stillblock device attach DEV first',
+    );
+  }
+  const chosen = wanted.map(({ name, number, path }) => {
+    const disk = tracked.find((candidate) => candidate.number === number);
+    if (disk === undefined) {
+      const words = reasonWords('NOT_ATTACHED', path);
+      throw new StillblockError('NOT_ATTACHED', words.message, words.advice);
+    }
+    return { ...disk, name: name ?? disk.name };
+  });
+  const disks = devices.topDown(wanted.length === 0 ? tracked : chosen, ({ number }) => number);
+  for (const [index, disk] of disks.entries()) {
+    const other = disks.slice(0, index).find(({ name }) => name === disk.name);
+    const same = disks.slice(0, index).find(({ number }) => number === disk.number);
+    if (same !== undefined) {
+      throw usageError(`${disk.path} is named twice`, 'name each device once');
+    }
+    if (other !== undefined) {
+      throw usageError(
+        `${other.path} and ${disk.path} would both be called ${disk.name}`,
+        'name them with --disk NAME=DEV',
+      );
+    }
+  }
+  return disks;
+}
+
+/**
+ * Opens the control device of a module that this program can talk to.
+ *
+ * @throws StillblockError if it is not loaded, of another version, or one may not
+ */
+export function openControl(): ControlDevice {
+  let control: ControlDevice;
+  try {
+    control = ControlDevice.open();
+  } catch (error) {
+    throw isNativeError(error) ? explainControl(error, nativeConstants().device) : error;
+  }
+  try {
+    const { abi, version } = control.info();
+    if (abi !== nativeConstants().abi) {
+      throw new StillblockError(
+        'MODULE_VERSION',
+        `the kernel module that is loaded (${version}, interface ${abi}) is of another version`,
+        'install the module that belongs to this stillblock, then run rmmod stillblock and modprobe stillblock',
+      );
+    }
+    return control;
+  } catch (error) {
+    control.close();
+    throw isNativeError(error) ? explainControl(error, nativeConstants().device) : error;
+  }
+}

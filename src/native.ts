@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * The addon, typed. The only file that loads it: what the kernel module's header
+ * numbers and lays out is known to the addon alone, which is compiled with it.
+ */
+import { createRequire } from 'node:module';
+import { fileURLToPath } from 'node:url';
+import type { Extent } from '../nbd/extents.ts';
+
+/** What the module's header fixes. */
+export interface NativeConstants {
+  /** Version of the interface that this addon was compiled with. */
+  readonly abi: number;
+  /** Path of the control device. */
+  readonly device: string;
+  readonly maxTrackers: number;
+  readonly maxMounts: number;
+  readonly maxStores: number;
+  readonly maxExtents: number;
+  readonly maxNumber: number;
+  readonly maxFreezeMs: number;
+  /** Names of all reasons, by number, such as `STORE_FULL`. */
+  readonly reasons: readonly string[];
+}
+
+/** A failed call into the kernel. */
+export interface NativeError extends Error {
+  /** Name of the errno, such as `EBUSY`. */
+  readonly code: string;
+  /** Negative errno, as in Node's own errors. */
+  readonly errno: number;
+  readonly syscall: string;
+  /** Name of the module's reason; `NONE` if it gave none. */
+  readonly reason: string;
+  /** Index of the tracker, mount or store that the reason is about. */
+  readonly culprit: number;
+  /** Why a file can't be a store, such as `SHARED`. */
+  readonly refusal?: string;
+}
+
+/** Whether an error is the addon's. */
+export function isNativeError(error: unknown): error is NativeError {
+  return error instanceof Error && 'reason' in error && 'culprit' in error && 'errno' in error;
+}
+
+/** The module that is loaded. */
+export interface ModuleInfo {
+  readonly abi: number;
+  readonly chunkSizeBytes: number;
+  readonly version: string;
+}
+
+/** A tracked device. */
+export interface Tracker {
+  readonly id: bigint;
+  readonly major: number;
+  readonly minor: number;
+  readonly sizeBytes: number;
+  /** Unit of change tracking, bytes. */
+  readonly blockSizeBytes: number;
+  readonly inSnapshot: boolean;
+  /** The device has another size than when it was attached, or is gone. */
+  readonly stale: boolean;
+  /** UUID of the change history. */
+  readonly generation: string;
+  /** What changes are marked with now. */
+  readonly number: number;
+  readonly writes: number;
+  readonly heldWrites: number;
+}
+
+/** An image of a snapshot. */
+export interface ImageInfo {
+  /** The origin's tracker. */
+  readonly tracker: bigint;
+  readonly major: number;
+  readonly minor: number;
+  readonly sizeBytes: number;
+  readonly blockSizeBytes: number;
+  /** UUID that the numbers of its change map belong to. */
+  readonly generation: string;
+  /** The highest number in its change map. */
+  readonly number: number;
+  /** What a checkpoint of this instant records. */
+  readonly checkpointGeneration: string;
+  /** What a checkpoint of this instant records. */
+  readonly checkpointNumber: number;
+  /** The image is `/dev/` and this. */
+  readonly diskName: string;
+}
+
+/** How a snapshot does. */
+export interface SnapshotState {
+  readonly state: 'held' | 'failed';
+  /** Name of the reason when failed, else `NONE`. */
+  readonly reason: string;
+  readonly imageCount: number;
+  /** Nanoseconds since 1970. */
+  readonly takenNs: bigint;
+  /** How long file systems were frozen, nanoseconds. */
+  readonly freezeNs: number;
+  /** How long writes were held for the switch, nanoseconds. */
+  readonly gateNs: number;
+  readonly storeCapacityBytes: number;
+  readonly storeUsedBytes: number;
+  /** Writes that had to wait since the take. */
+  readonly heldWrites: number;
+}
+
+/** What happens to a snapshot by itself. */
+export type SnapshotEvent =
+  | { readonly kind: 'low-watermark'; readonly value: number; readonly timeNs: bigint }
+  | { readonly kind: 'failed'; readonly reason: string; readonly timeNs: bigint }
+  | { readonly kind: 'lost'; readonly value: number; readonly timeNs: bigint };
+
+/** A file that is ready to be a store: allocated in full, its place on the device known. */
+export interface StoreFile {
+  readonly sizeBytes: number;
+  /** Of the device that it lies on. */
+  readonly major: number;
+  readonly minor: number;
+  /** Lets go of the file; one that has no name is gone then. */
+  close(): Promise<void>;
+}
+
+/** A piece of difference storage: a prepared file, or so many bytes of memory. */
+export type StorePiece = StoreFile | number;
+
+/** What one take needs. Stacked devices and file systems come top down. */
+export interface TakeRequest {
+  /** Ids of trackers. */
+  readonly trackers: readonly bigint[];
+  /** One open descriptor on each file system to freeze. */
+  readonly mounts: readonly number[];
+  readonly stores: readonly StorePiece[];
+  /** Deadline for all freezes together, milliseconds; 0 lets the module choose. */
+  readonly freezeTimeoutMs: number;
+  /** Free store under which a `low-watermark` event comes, bytes. */
+  readonly lowWatermarkBytes: number;
+}
+
+interface NativeStoreFile extends StoreFile {
+  extents(): Float64Array;
+}
+
+interface NativeSnapshot {
+  state(): SnapshotState;
+  image(index: number): ImageInfo;
+  changedRanges(index: number, number: number): Promise<Float64Array>;
+  watch(callback: (event: SnapshotEvent) => void): void;
+  addStore(store: StorePiece): Promise<void>;
+  close(): Promise<void>;
+}
+
+interface NativeControl {
+  info(): ModuleInfo;
+  list(): Promise<Tracker[]>;
+  attach(path: string, blockSizeBytes: number): Promise<bigint>;
+  detach(id: bigint): Promise<void>;
+  take(request: TakeRequest): Promise<NativeSnapshot>;
+  close(): void;
+}
+
+interface Addon {
+  readonly constants: NativeConstants;
+  openControl(): NativeControl;
+  createStore(folder: string, sizeBytes: number): Promise<NativeStoreFile>;
+  openStore(path: string, sizeBytes: number): Promise<NativeStoreFile>;
+  dataRanges(fd: number, sizeBytes: number): Promise<Float64Array>;
+  tryLock(fd: number): boolean;
+}
+
+let loaded: Addon | undefined;
+
+/** Loads the addon when it is first needed, so that what needs none works without it. */
+function addon(): Addon {
+  const path = fileURLToPath(new URL('../../build/native/stillblock.node', import.meta.url));
+  loaded ??= createRequire(import.meta.url)(path) as Addon;
+  return loaded;
+}
+
+function toExtents(pairs: Float64Array): Extent[] {
+  const extents: Extent[] = [];
+  for (let index = 0; index + 1 < pairs.length; index += 2) {
+    extents.push({ offset: pairs[index] ?? 0, length: pairs[index + 1] ?? 0 });
+  }
+  return extents;
+}
+
+/** @returns the constants of the module's header */
+export function nativeConstants(): NativeConstants {
+  return addon().constants;
+}
+
+/** The module's control device. Whoever opened it closes it. */
+export class ControlDevice {
+  readonly #native: NativeControl;
+
+  private constructor(native: NativeControl) {
+    this.#native = native;
+  }
+
+  /** @throws NativeError `ENOENT` if the module is not loaded, `EACCES` if one may not */
+  static open(): ControlDevice {
+    return new ControlDevice(addon().openControl());
+  }
+
+  info(): ModuleInfo {
+    return this.#native.info();
+  }
+
+  list(): Promise<readonly Tracker[]> {
+    return this.#native.list();
+  }
+
+  /**
+   * Begins to track a device.
+   *
+   * @param blockSizeBytes unit of change tracking; 0 lets the module choose
+   * @returns the tracker's id
+   */
+  attach(path: string, blockSizeBytes: number): Promise<bigint> {
+    return this.#native.attach(path, blockSizeBytes);
+  }
+
+  /** Ends the tracking of a device, and with it its change history. */
+  detach(id: bigint): Promise<void> {
+    return this.#native.detach(id);
+  }
+
+  /** Takes one snapshot of several devices at one instant. */
+  async take(request: TakeRequest): Promise<Snapshot> {
+    return new Snapshot(await this.#native.take(request));
+  }
+
+  /** Lets go of the device; snapshots stay. */
+  close(): void {
+    this.#native.close();
+  }
+}
+
+/** A held snapshot. It ends when it is closed, or when this process ends. */
+export class Snapshot {
+  readonly #native: NativeSnapshot;
+
+  /** Only {@link ControlDevice.take} makes one. */
+  constructor(native: NativeSnapshot) {
+    this.#native = native;
+  }
+
+  state(): SnapshotState {
+    return this.#native.state();
+  }
+
+  /** @param index the tracker's place in the take */
+  image(index: number): ImageInfo {
+    return this.#native.image(index);
+  }
+
+  /**
+   * What changed in an image's origin from a checkpoint of the same generation up
+   * to the snapshot, in whole blocks, cut at the end of the device.
+   *
+   * @param number the checkpoint's number
+   * @returns ranges in order that neither touch nor overlap
+   */
+  async changedRanges(index: number, number: number): Promise<readonly Extent[]> {
+    return toExtents(await this.#native.changedRanges(index, number));
+  }
+
+  /** Has each event told to a function, until the snapshot is closed. Once per snapshot. */
+  watch(callback: (event: SnapshotEvent) => void): void {
+    this.#native.watch(callback);
+  }
+
+  /** Gives the snapshot more room. */
+  addStore(store: StorePiece): Promise<void> {
+    return this.#native.addStore(store);
+  }
+
+  /** Ends the snapshot. Settles when it is gone and no operation uses it; safe to repeat. */
+  close(): Promise<void> {
+    return this.#native.close();
+  }
+}
+
+/**
+ * Makes a store in a folder: a file without a name, which is gone with its last
+ * descriptor, so that not even a crash leaves it behind.
+ *
+ * @throws NativeError with `refusal` if files there can't be stores, `ENOSPC` if there is no room
+ */
+export function createStore(folder: string, sizeBytes: number): Promise<StoreFile> {
+  return addon().createStore(folder, sizeBytes);
+}
+
+/**
+ * Makes an existing file ready to be a store: fills its holes, writes it out.
+ *
+ * @param sizeBytes how much of it; 0 for all of it
+ * @throws NativeError with `refusal` if the file can't be one
+ */
+export function openStore(path: string, sizeBytes: number): Promise<StoreFile> {
+  return addon().openStore(path, sizeBytes);
+}
+
+/** Where a store's data lies on its device, in the file's order. */
+export function storeExtents(store: StoreFile): Extent[] {
+  return toExtents((store as NativeStoreFile).extents());
+}
+
+/**
+ * Where a file has data: everything else in it is holes that read as zeroes. All of
+ * it, where the file system or device does not know.
+ *
+ * @param fd open descriptor, whose file position is moved
+ */
+export async function dataRanges(fd: number, sizeBytes: number): Promise<readonly Extent[]> {
+  return toExtents(await addon().dataRanges(fd, sizeBytes));
+}
+
+/**
+ * Locks an open file against other processes that lock it. The lock goes with the
+ * descriptor, and so with the process.
+ *
+ * @returns false if somebody else holds it
+ */
+export function tryLock(fd: number): boolean {
+  return addon().tryLock(fd);
+}

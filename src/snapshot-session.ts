@@ -1,0 +1,557 @@
+// SPDX-License-Identifier: Apache-2.0
+/** One backup: a snapshot taken, its images served, and all of it released again. */
+import { type FileHandle, stat } from 'node:fs/promises';
+import { pid } from 'node:process';
+import type { Logger } from 'pino';
+import { diskExports, openFileSource } from '../nbd/export.ts';
+import type { Extent } from '../nbd/extents.ts';
+import { type ListenAddress, NbdServer } from '../nbd/server.ts';
+import {
+  type BackupDescription,
+  type BackupEnded,
+  type BackupPhase,
+  type DiskReport,
+  type ExportReport,
+  NEXT_PHASES,
+} from './backup-report.ts';
+import { BlockDevices, deviceNumber, splitDeviceNumber } from './block-devices.ts';
+import { type Checkpoint, type CheckpointList, CheckpointStore, judge } from './checkpoints.ts';
+import { type Controlled, ControlSocket } from './control-socket.ts';
+import { blockDeviceAt, chooseDisks, type Disk, type DiskRequest, openControl } from './disks.ts';
+import {
+  EXIT,
+  type ExitCode,
+  exitCodeOf,
+  explain,
+  reasonWords,
+  StillblockError,
+} from './errors.ts';
+import type { Folders } from './folders.ts';
+import { explainListen } from './listen.ts';
+import { type FileSystem, fileSystemsOn, openFileSystem, readFileSystems } from './mounts.ts';
+import {
+  type ControlDevice,
+  type ImageInfo,
+  isNativeError,
+  nativeConstants,
+  type Snapshot,
+  type SnapshotEvent,
+  type StorePiece,
+} from './native.ts';
+import { ReleaseStack } from './release-stack.ts';
+import { planStore, Store, type StoreRequest } from './store.ts';
+
+/** How long clients of a failed snapshot are still told EIO before the server goes away. */
+const FAILED_GRACE_MS = 5_000;
+const NS_PER_MS = 1_000_000;
+
+/** What the user asked for. */
+export interface BackupRequest {
+  readonly checkpoint: string;
+  readonly description: string;
+  readonly store: StoreRequest;
+  /** All tracked devices if there are none. */
+  readonly disks: readonly DiskRequest[];
+  readonly listen: readonly ListenAddress[];
+  /** A checkpoint since which the changes of every disk must be known. */
+  readonly incremental: string | undefined;
+  readonly freezeTimeoutMs: number;
+}
+
+/** Told what happens. */
+export interface BackupObserver {
+  serving(description: BackupDescription): void;
+  /** The snapshot has failed while it was served. */
+  failed(error: StillblockError): void;
+  storeGrown(sizeBytes: number): void;
+  /** The store can't grow, and has so many bytes left. */
+  storeLow(leftBytes: number): void;
+}
+
+/** The user wants it to end before it was served. */
+class Cancelled extends Error {}
+
+/** The parts of a snapshot that has been taken. */
+interface Taken {
+  readonly snapshot: Snapshot;
+  readonly disks: readonly { readonly disk: Disk; readonly image: ImageInfo }[];
+}
+
+function fullRequired(disk: string, checkpoint: string, why: string): StillblockError {
+  return new StillblockError(
+    'FULL_REQUIRED',
+    `disk ${disk} has no increment since checkpoint ${checkpoint}: ${why}`,
+    'begin without --incremental and make a full backup',
+    { exitCode: EXIT.fullRequired },
+  );
+}
+
+/** Whom the reason of a failed take is about. */
+function explainTake(
+  error: unknown,
+  disks: readonly Disk[],
+  fileSystems: readonly FileSystem[],
+  store: string,
+): StillblockError {
+  if (!isNativeError(error)) {
+    return explain(error, 'the snapshot');
+  }
+  if (error.reason.startsWith('STORE_')) {
+    return explain(error, store);
+  }
+  if (error.reason.startsWith('FREEZE_') || error.reason === 'ALREADY_FROZEN') {
+    return explain(error, fileSystems[error.culprit]?.mounts[0]?.mountPoint ?? 'a disk');
+  }
+  return explain(error, disks[error.culprit]?.path ?? 'the snapshot');
+}
+
+/** A backup from its begin to its end. Runs once. */
+export class BackupSession implements Controlled {
+  readonly #request: BackupRequest;
+  readonly #folders: Folders;
+  readonly #observer: BackupObserver;
+  readonly #log: Logger;
+  readonly #checkpoints: CheckpointStore;
+  readonly #server: NbdServer;
+  readonly #stack = new ReleaseStack();
+  #phase: BackupPhase = 'preparing';
+  #snapshot: Snapshot | undefined;
+  #store: Store | undefined;
+  #growing: Promise<void> | undefined;
+  /** Name of the module's reason, once the snapshot has failed. */
+  #failure: string | undefined;
+  #served = false;
+  #endRequested = false;
+  #wake: (() => void) | undefined;
+  #released!: () => void;
+  readonly #whenReleased = new Promise<void>((resolve) => {
+    this.#released = resolve;
+  });
+  #disks: readonly DiskReport[] = [];
+  #exports: readonly ExportReport[] = [];
+  #broken: CheckpointList['broken'] = [];
+
+  constructor(request: BackupRequest, folders: Folders, observer: BackupObserver, log: Logger) {
+    this.#request = request;
+    this.#folders = folders;
+    this.#observer = observer;
+    this.#log = log;
+    this.#checkpoints = new CheckpointStore(folders);
+    this.#server = new NbdServer({ logger: log });
+  }
+
+  /** The only place where the phase changes; see {@link BackupPhase}. */
+  #enter(phase: BackupPhase): void {
+    if (!NEXT_PHASES[this.#phase].includes(phase)) {
+      throw new Error(`a backup does not go from ${this.#phase} to ${phase}`);
+    }
+    this.#log.info({ from: this.#phase, to: phase }, 'phase');
+    this.#phase = phase;
+  }
+
+  /**
+   * Runs until it is to end.
+   *
+   * @returns the exit code: 4 after an overflow, 1 after any other failure of the snapshot
+   * @throws StillblockError if it could not be begun; nothing is left behind
+   */
+  async run(): Promise<ExitCode> {
+    const control = openControl();
+    let socket: ControlSocket | undefined;
+    try {
+      socket = await ControlSocket.open(this.#folders, this);
+      await this.#begin(control);
+      await this.#untilEnd();
+    } catch (error) {
+      if (!(error instanceof Cancelled)) {
+        throw error;
+      }
+    } finally {
+      control.close();
+      this.#enter('ending');
+      await this.#stack.release((err) => this.#log.error({ err }, 'release'));
+      this.#enter('ended');
+      this.#released();
+      await socket?.close();
+    }
+    return this.#failure === undefined ? EXIT.done : exitCodeOf(this.#failure);
+  }
+
+  /** Lets it end, at the next point where it can. */
+  requestEnd(): void {
+    this.#endRequested = true;
+    this.#wake?.();
+  }
+
+  async end(): Promise<BackupEnded> {
+    this.requestEnd();
+    await this.#whenReleased;
+    const { checkpoint } = this.#request;
+    return this.#failure === undefined
+      ? { checkpoint, failed: false }
+      : { checkpoint, failed: true, reason: this.#failure };
+  }
+
+  describe(): BackupDescription {
+    const held = this.#phase === 'serving' || this.#phase === 'failed';
+    const state = held ? this.#snapshot?.state() : undefined;
+    return {
+      state: this.#phase,
+      checkpoint: this.#request.checkpoint,
+      pid,
+      ...(this.#failure === undefined ? {} : { reason: this.#failure }),
+      ...(state === undefined
+        ? {}
+        : {
+            takenAt: new Date(Number(state.takenNs / BigInt(NS_PER_MS))).toISOString(),
+            freezeMs: state.freezeNs / NS_PER_MS,
+            gateMs: state.gateNs / NS_PER_MS,
+            heldWrites: state.heldWrites,
+            store: {
+              place: this.#request.store.place,
+              capacityBytes: state.storeCapacityBytes,
+              usedBytes: state.storeUsedBytes,
+            },
+          }),
+      disks: this.#disks,
+      exports: this.#exports,
+      brokenCheckpoints: this.#broken,
+    };
+  }
+
+  #checkEnd(): void {
+    if (this.#endRequested) {
+      throw new Cancelled();
+    }
+  }
+
+  /** Everything up to serving: first all that can go wrong without a snapshot. */
+  async #begin(control: ControlDevice): Promise<void> {
+    const earlier = await this.#requireFreeName();
+    const devices = await BlockDevices.read();
+    const wanted = await Promise.all(
+      this.#request.disks.map(async (disk) => ({
+        ...disk,
+        number: await blockDeviceAt(disk.path),
+      })),
+    );
+    const disks = chooseDisks(await control.list(), devices, wanted);
+    this.#requireIncrements(
+      earlier,
+      disks.map(({ name, tracker }) => ({ ...tracker, name })),
+    );
+    await this.#listen();
+    const fileSystems = fileSystemsOn(
+      disks.map(({ number }) => number),
+      await readFileSystems(devices),
+      devices,
+    );
+    this.#requireCounts(disks, fileSystems);
+    const piece = await this.#prepareStore(disks, devices);
+    this.#checkEnd();
+    const taken = await this.#take(control, disks, fileSystems, piece);
+    this.#checkEnd();
+    this.#requireIncrements(
+      earlier,
+      taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name })),
+    );
+    await this.#serve(taken, earlier);
+  }
+
+  async #requireFreeName(): Promise<readonly Checkpoint[]> {
+    const { checkpoint } = this.#request;
+    await this.#checkpoints.prepare();
+    if (await this.#checkpoints.has(checkpoint)) {
+      throw new StillblockError(
+        'CHECKPOINT_EXISTS',
+        `there is a checkpoint ${checkpoint} already`,
+        `choose another name, or run stillblock checkpoint delete ${checkpoint}`,
+      );
+    }
+    const { checkpoints, broken } = await this.#checkpoints.list();
+    this.#broken = broken;
+    return checkpoints;
+  }
+
+  #requireIncrements(
+    earlier: readonly Checkpoint[],
+    disks: readonly Parameters<typeof judge>[1][],
+  ): void {
+    const { incremental } = this.#request;
+    if (incremental === undefined) {
+      return;
+    }
+    const checkpoint = earlier.find(({ name }) => name === incremental);
+    for (const disk of disks) {
+      const verdict =
+        checkpoint === undefined
+          ? ({ kind: 'full', why: 'there is no such checkpoint' } as const)
+          : judge(checkpoint, disk);
+      if (verdict.kind === 'full') {
+        throw fullRequired(disk.name, incremental, verdict.why);
+      }
+    }
+  }
+
+  #requireCounts(disks: readonly Disk[], fileSystems: readonly FileSystem[]): void {
+    const { maxTrackers, maxMounts } = nativeConstants();
+    if (disks.length > maxTrackers || fileSystems.length > maxMounts) {
+      throw new StillblockError(
+        'TOO_MANY',
+        `${disks.length} devices with ${fileSystems.length} file systems are too many at once`,
+        `name at most ${maxTrackers} with ${maxMounts} file systems by --disk`,
+      );
+    }
+  }
+
+  /** Listens before anything is taken: a port in use costs nothing then. */
+  async #listen(): Promise<void> {
+    this.#stack.push(() => this.#server.close());
+    for (const address of this.#request.listen) {
+      try {
+        await this.#server.listen(address);
+      } catch (error) {
+        throw explainListen(address, error);
+      }
+    }
+  }
+
+  async #prepareStore(disks: readonly Disk[], devices: BlockDevices): Promise<StorePiece> {
+    const origins = disks.map(({ number, tracker }) => ({ number, sizeBytes: tracker.sizeBytes }));
+    const { store: wanted } = this.#request;
+    const plan = await planStore(wanted, origins, devices);
+    const { store, piece } = await Store.prepare(plan, wanted.maxBytes);
+    this.#store = store;
+    this.#stack.push(() => store.close());
+    return piece;
+  }
+
+  async #take(
+    control: ControlDevice,
+    disks: readonly Disk[],
+    fileSystems: readonly FileSystem[],
+    piece: StorePiece,
+  ): Promise<Taken> {
+    this.#enter('taking');
+    const mounts: FileHandle[] = [];
+    let snapshot: Snapshot;
+    try {
+      for (const fileSystem of fileSystems) {
+        mounts.push(await openFileSystem(fileSystem));
+      }
+      // From here to its answer this process touches no file: file systems are frozen.
+      snapshot = await control.take({
+        trackers: disks.map(({ tracker }) => tracker.id),
+        mounts: mounts.map(({ fd }) => fd),
+        stores: [piece],
+        freezeTimeoutMs: this.#request.freezeTimeoutMs,
+        lowWatermarkBytes: this.#store?.lowWatermarkBytes ?? 0,
+      });
+    } catch (error) {
+      throw explainTake(error, disks, fileSystems, this.#request.store.place);
+    } finally {
+      // Held any longer, they would keep people from unmounting.
+      await Promise.all(mounts.map((mount) => mount.close()));
+    }
+    this.#snapshot = snapshot;
+    this.#stack.push(() => snapshot.close());
+    // A store that grows right now needs the snapshot until it has.
+    this.#stack.push(() => this.#growing);
+    snapshot.watch((event) => this.#onEvent(event));
+    const images = disks.map((disk, index) => ({ disk, image: snapshot.image(index) }));
+    return { snapshot, disks: images };
+  }
+
+  /** Keeps the checkpoint. If serving never begins there was no backup, and it goes again. */
+  async #keepCheckpoint(taken: Taken, earlier: readonly Checkpoint[]): Promise<void> {
+    const name = this.#request.checkpoint;
+    await this.#checkpoints.write({
+      name,
+      description: this.#request.description,
+      parent: earlier.at(-1)?.name,
+      creationTime: Number(taken.snapshot.state().takenNs / 1_000_000_000n),
+      disks: taken.disks.map(({ disk, image }) => ({
+        name: disk.name,
+        sizeBytes: image.sizeBytes,
+        generation: image.checkpointGeneration,
+        number: image.checkpointNumber,
+      })),
+    });
+    this.#stack.push(async () => {
+      if (!this.#served) {
+        await this.#checkpoints.delete(name);
+      }
+    });
+  }
+
+  async #serve(taken: Taken, earlier: readonly Checkpoint[]): Promise<void> {
+    await this.#keepCheckpoint(taken, earlier);
+    const reports: DiskReport[] = [];
+    const exports: ExportReport[] = [];
+    for (const [index, { disk, image }] of taken.disks.entries()) {
+      const { report, served } = await this.#serveDisk(taken.snapshot, index, disk, image, earlier);
+      reports.push(report);
+      exports.push(...served);
+    }
+    if (taken.disks.length === 1 && taken.disks[0] !== undefined) {
+      this.#server.setDefaultExport(taken.disks[0].disk.name);
+    }
+    // Clients are gone before what they read is closed.
+    this.#stack.push(() => this.#server.close());
+    this.#checkEnd();
+    if (this.#failure !== undefined) {
+      throw explainFailure(this.#failure);
+    }
+    this.#disks = reports;
+    this.#exports = exports;
+    this.#enter('serving');
+    this.#served = true;
+    this.#observer.serving(this.describe());
+  }
+
+  async #serveDisk(
+    snapshot: Snapshot,
+    index: number,
+    disk: Disk,
+    image: ImageInfo,
+    earlier: readonly Checkpoint[],
+  ): Promise<{ report: DiskReport; served: ExportReport[] }> {
+    const path = await imagePath(image);
+    const source = await openFileSource(path).catch((error: unknown) => {
+      throw explain(error, path);
+    });
+    this.#stack.push(() => source.close());
+    const checkpoints: { name: string; dirty: readonly Extent[] }[] = [];
+    const full: { checkpoint: string; why: string }[] = [];
+    for (const checkpoint of earlier) {
+      const verdict = judge(checkpoint, { ...image, name: disk.name });
+      if (verdict.kind === 'full') {
+        full.push({ checkpoint: checkpoint.name, why: verdict.why });
+      } else {
+        const dirty = await snapshot.changedRanges(index, verdict.number);
+        checkpoints.push({ name: checkpoint.name, dirty });
+      }
+    }
+    const { name } = disk;
+    const description = `${disk.path} at checkpoint ${this.#request.checkpoint}`;
+    for (const each of diskExports({ name, description, source, checkpoints })) {
+      this.#server.addExport(each);
+    }
+    const { sizeBytes } = image;
+    const uris = (exported: string): string[] => this.#server.uris(exported);
+    return {
+      report: {
+        name,
+        device: disk.path,
+        sizeBytes,
+        image: path,
+        incremental: checkpoints.map((checkpoint) => checkpoint.name),
+        full,
+      },
+      served: [
+        { name, disk: name, uris: uris(name), sizeBytes },
+        ...checkpoints.map((checkpoint) => ({
+          name: `${name}@${checkpoint.name}`,
+          disk: name,
+          checkpoint: checkpoint.name,
+          uris: uris(`${name}@${checkpoint.name}`),
+          sizeBytes,
+          dirtyBytes: checkpoint.dirty.reduce((sum, { length }) => sum + length, 0),
+        })),
+      ],
+    };
+  }
+
+  #onEvent(event: SnapshotEvent): void {
+    this.#log.info({ event: event.kind }, 'event');
+    switch (event.kind) {
+      case 'low-watermark':
+        this.#growing ??= this.#grow(event.value).finally(() => {
+          this.#growing = undefined;
+        });
+        break;
+      case 'failed':
+        this.#onFailed(event.reason);
+        break;
+      case 'lost':
+        // Whatever was lost, a failure still shows in the state.
+        this.#checkState();
+        break;
+      default:
+        event satisfies never;
+    }
+  }
+
+  #checkState(): void {
+    const state = this.#phase === 'serving' ? this.#snapshot?.state() : undefined;
+    if (state?.state === 'failed') {
+      this.#onFailed(state.reason);
+    }
+  }
+
+  async #grow(leftBytes: number): Promise<void> {
+    try {
+      const piece = await this.#store?.grow();
+      if (piece !== undefined && this.#store !== undefined) {
+        await this.#snapshot?.addStore(piece);
+        this.#observer.storeGrown(this.#store.sizeBytes);
+        return;
+      }
+    } catch (err) {
+      this.#log.warn({ err }, 'the store cannot grow');
+    }
+    this.#observer.storeLow(leftBytes);
+  }
+
+  #onFailed(reason: string): void {
+    if (this.#failure !== undefined || this.#phase === 'ending' || this.#phase === 'ended') {
+      return;
+    }
+    this.#failure = reason;
+    if (this.#phase !== 'serving') {
+      // Nobody has been told of it yet: the begin fails.
+      return;
+    }
+    this.#enter('failed');
+    this.#server.failExports();
+    this.#observer.failed(explainFailure(reason));
+    this.#wake?.();
+  }
+
+  /** Waits until it is to end: at once when asked to, a little later after a failure. */
+  async #untilEnd(): Promise<void> {
+    const woken = (): Promise<void> =>
+      new Promise((resolve) => {
+        this.#wake = resolve;
+      });
+    if (!this.#endRequested && this.#failure === undefined) {
+      await woken();
+    }
+    if (!this.#endRequested && this.#server.usage.connections > 0) {
+      // Pulls shall end with an error of the disk, not of the network.
+      const timer = setTimeout(() => this.#wake?.(), FAILED_GRACE_MS);
+      await woken();
+      clearTimeout(timer);
+    }
+  }
+}
+
+function explainFailure(reason: string): StillblockError {
+  const { message, advice } = reasonWords(reason, 'the snapshot');
+  return new StillblockError(reason, message, advice, { exitCode: exitCodeOf(reason) });
+}
+
+/** The image's device node, made by devtmpfs before the take returned. */
+async function imagePath(image: ImageInfo): Promise<string> {
+  const path = `/dev/${image.diskName}`;
+  const status = await stat(path).catch(() => undefined);
+  const number = deviceNumber(image.major, image.minor);
+  if (status?.isBlockDevice() !== true || splitDeviceNumber(status.rdev) !== number) {
+    throw new StillblockError(
+      'NO_IMAGE_NODE',
+      `${path} is not the image's device`,
+      'mount devtmpfs on /dev',
+    );
+  }
+  return path;
+}
