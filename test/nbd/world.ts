@@ -364,8 +364,11 @@ export class RawClient {
         }),
       );
     }
-    const all = Buffer.concat(this.#buffers);
-    this.#buffers = [all.subarray(bytes)];
+    const first = this.#buffers[0];
+    // Put together only when needed: with megabytes waiting, each copy would be of all of them.
+    const all =
+      first !== undefined && first.length >= bytes ? first : Buffer.concat(this.#buffers.splice(0));
+    this.#buffers.splice(0, 1, all.subarray(bytes));
     this.#bytes -= bytes;
     return all.subarray(0, bytes);
   }
