@@ -401,7 +401,8 @@ export class Guest {
    */
   async shutdown(allowed: readonly RegExp[] = []): Promise<void> {
     if (!this.#alive) throw this.#failure('had ended before its shutdown');
-    this.start('sync; echo o >/proc/sysrq-trigger; sleep infinity');
+    // Whatever still runs would write to devices that power off under it.
+    this.start('kill -KILL -1; sync; echo o >/proc/sysrq-trigger');
     const timer = new AbortController();
     const late = delay(shutdownLimitMs, 'late' as const, { signal: timer.signal }).catch(
       () => 'late' as const,

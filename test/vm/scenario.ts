@@ -130,7 +130,7 @@ async function prepareDisks(guest: Guest): Promise<readonly [Origin, Origin]> {
 const fioLoop = (origin: Origin, options: string): string =>
   `while [ ! -e /run/stop ]; do
     fio --name=${origin.fileSystem} --filename=${origin.mountPoint}/fio --size=24M --io_size=3M \
-      --rw=randwrite --bs=4k --rate_iops=200 --randrepeat=0 --verify=crc32c --verify_fatal=1 \
+      --rw=randwrite --bs=4k --rate_iops=100 --randrepeat=0 --verify=crc32c --verify_fatal=1 \
       --verify_state_save=0 --minimal ${options} >/run/fio-${origin.fileSystem}.log 2>&1 ||
       { cat /run/fio-${origin.fileSystem}.log >&2; exit 1; }
     echo pass
