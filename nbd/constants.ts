@@ -87,6 +87,11 @@ export const NBD_MAX_STRING_BYTES = 4096;
 export const EXPORT_NAME_ZEROES_BYTES = 124;
 /** A DF read up to this length always succeeds (NBD_CMD_READ, NBD_CMD_FLAG_DF). */
 export const DF_ALWAYS_BYTES = 65_536;
+/**
+ * The least unit in which clients take an answer about a range, whatever the minimum
+ * block size says: qemu-img copies in sectors and believes the start of each.
+ */
+export const SECTOR_BYTES = 512;
 /** The port that IANA assigned, which a URI need not name. */
 export const NBD_DEFAULT_PORT = 10809;
 

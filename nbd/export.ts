@@ -9,6 +9,7 @@ import {
   NBD_MAX_STRING_BYTES,
   NBD_STATE_DIRTY,
   NBD_STATE_HOLE,
+  SECTOR_BYTES,
 } from './constants.ts';
 import { type Extent, ExtentMap, roundOutward } from './extents.ts';
 
@@ -146,15 +147,27 @@ export interface DiskOptions {
   readonly name: string;
   readonly description: string;
   readonly source: BlockSource;
-  /** Flags of `base:allocation`; without it all is said to be data. */
+  /**
+   * Flags of `base:allocation`, which change at whole sectors of 512 bytes only;
+   * without it all is said to be data.
+   */
   readonly allocation?: ExtentMap;
   /** Checkpoints with what changed since. */
   readonly checkpoints: readonly {
     readonly name: string;
     readonly dirty: readonly Extent[];
-    /** Tracking block to which the dirty ranges are rounded outward, bytes. */
+    /** Tracking block to which the dirty ranges are rounded outward, bytes; else a sector. */
     readonly blockSizeBytes?: number;
   }[];
+}
+
+/** A client that believes the start of a sector must not be misled about its end. */
+function requireSectors(map: ExtentMap): void {
+  for (const { start } of map.runs(0, map.sizeBytes)) {
+    if (start % SECTOR_BYTES !== 0) {
+      throw new RangeError(`flags change at byte ${start}, within a sector`);
+    }
+  }
 }
 
 /**
@@ -164,20 +177,22 @@ export interface DiskOptions {
  * marks what did not change a hole that need not read as zeroes: a copy on top of
  * an older image takes only the changes, any other copy takes everything.
  *
- * @throws RangeError if a range or a map does not fit the source
+ * @throws RangeError if a range or a map does not fit the source, or not to sectors
  */
 export function diskExports(options: DiskOptions): [Export, ...Export[]] {
   const { name, description, source } = options;
   const allocation = options.allocation ?? ExtentMap.uniform(source.sizeBytes, 0);
+  requireSectors(allocation);
   const contexts = new Map([[BASE_ALLOCATION, allocation]]);
   const deltas: Export[] = [];
-  for (const { name: checkpoint, dirty, blockSizeBytes = 1 } of options.checkpoints) {
+  for (const { name: checkpoint, dirty, blockSizeBytes = SECTOR_BYTES } of options.checkpoints) {
     const changed = ExtentMap.fromRanges(
       source.sizeBytes,
       roundOutward(dirty, blockSizeBytes),
       NBD_STATE_DIRTY,
       0,
     );
+    requireSectors(changed);
     contexts.set(`${DIRTY_BITMAP_PREFIX}${checkpoint}`, changed);
     const delta = ExtentMap.combine(allocation, changed, (allocated, dirtyFlags) =>
       dirtyFlags === NBD_STATE_DIRTY ? allocated : NBD_STATE_HOLE,

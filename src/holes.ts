@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Which parts of a plain file hold data, as its file system knows. */
 import { open } from 'node:fs/promises';
-import { NBD_STATE_HOLE, NBD_STATE_ZERO } from '../nbd/constants.ts';
-import { ExtentMap } from '../nbd/extents.ts';
+import { NBD_STATE_HOLE, NBD_STATE_ZERO, SECTOR_BYTES } from '../nbd/constants.ts';
+import { ExtentMap, roundOutward } from '../nbd/extents.ts';
 
 /**
- * The flags of `base:allocation` for a plain file: holes read as zeroes.
+ * The flags of `base:allocation` for a plain file: holes read as zeroes. A sector
+ * with any data in it is data.
  *
  * @param sizeBytes size of the file, bytes
  * @returns undefined for anything else than a plain file, whose holes nobody knows
@@ -23,7 +24,7 @@ export async function fileAllocation(
     }
     // Loaded only here, so that devices can be served where the addon is not built.
     const { dataRanges } = await import('./native.ts');
-    const data = await dataRanges(file.fd, sizeBytes);
+    const data = roundOutward(await dataRanges(file.fd, sizeBytes), SECTOR_BYTES);
     return ExtentMap.fromRanges(sizeBytes, data, 0, NBD_STATE_HOLE | NBD_STATE_ZERO);
   } finally {
     await file.close();

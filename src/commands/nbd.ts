@@ -23,7 +23,7 @@ import { formatTable, printJson, printLine } from '../output.ts';
 import { formatSize } from '../sizes.ts';
 import { type CommonOptions, collect, newCommand } from './common.ts';
 
-/** Some four million ranges: more changes than a backup of changes is good for. */
+/** Some seven million ranges: more changes than a backup of changes is good for. */
 const EXTENTS_FILE_BYTES = 256 * 1024 * 1024;
 
 /** The options as commander hands them over. */
@@ -341,7 +341,8 @@ With a single --export, such clients get that one whatever its name.
 Each --dirty adds the context qemu:dirty-bitmap:CHECKPOINT to the export NAME, and an
 export NAME@CHECKPOINT for incrementals:
   qemu-img convert -O qcow2 -B full.qcow2 -F qcow2 nbd://localhost/sda@monday inc.qcow2
-EXTENTS.json lists what changed, in bytes: [{"offset": 0, "length": 65536}]
+EXTENTS.json lists what changed, in bytes: [{"offset": 0, "length": 65536}]. A sector of
+512 bytes of which any byte changed counts as changed.
 
 What is served must not change meanwhile: holes are looked up once, at the start.
 Exit codes: 0 ended by a signal, 1 failed, 2 usage.`;

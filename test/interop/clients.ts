@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+/** Other people's clients. One that is missing fails the test that needs it. */
+import { execFile } from 'node:child_process';
+import { open } from 'node:fs/promises';
+import type { Extent } from '../../nbd/extents.ts';
+
+/** How long a client may take, milliseconds. None needs a tenth of it. */
+const CLIENT_MS = 60_000;
+const OUTPUT_BYTES = 64 << 20;
+
+export interface Finished {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs a client to its end, whatever its exit code. */
+export function tryRun(command: string, args: readonly string[], cwd?: string): Promise<Finished> {
+  return new Promise((resolve, reject) => {
+    const options = { cwd, timeout: CLIENT_MS, maxBuffer: OUTPUT_BYTES, encoding: 'utf8' } as const;
+    execFile(command, args, options, (error, stdout, stderr) => {
+      if (error === null) {
+        resolve({ code: 0, stdout, stderr });
+      } else if (typeof error.code === 'number') {
+        resolve({ code: error.code, stdout, stderr });
+      } else {
+        // Not there, killed, or too talkative.
+        reject(error);
+      }
+    });
+  });
+}
+
+/** Runs a client that must succeed. Returns what it wrote to stdout. */
+export async function run(command: string, args: readonly string[], cwd?: string): Promise<string> {
+  const { code, stdout, stderr } = await tryRun(command, args, cwd);
+  if (code !== 0) {
+    throw new Error(`${command} ${args.join(' ')}: exit code ${code}\n${stderr}${stdout}`);
+  }
+  return stdout;
+}
+
+/** Runs a Python script with libnbd. The URIs and paths that it needs are its arguments. */
+export function python(script: string, ...args: string[]): Promise<string> {
+  return run('/usr/bin/python3', ['-c', `import sys, nbd\n${script}`, ...args]);
+}
+
+/** Writes a sparse file: data at some places, holes elsewhere. */
+export async function writeSparse(
+  path: string,
+  sizeBytes: number,
+  data: readonly (Extent & { readonly bytes: Buffer })[],
+): Promise<void> {
+  const file = await open(path, 'w+');
+  try {
+    await file.truncate(sizeBytes);
+    for (const { offset, length, bytes } of data) {
+      await file.write(bytes, 0, length, offset);
+    }
+  } finally {
+    await file.close();
+  }
+}
