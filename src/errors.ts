@@ -240,6 +240,11 @@ export function reasonWords(reason: string, what: string): Words {
   return fill(REASON_WORDS[reason] ?? UNKNOWN_WORDS, what);
 }
 
+/** What a refusal of the addon means for one store. */
+export function refusalWords(refusal: string, what: string): Words {
+  return fill(REFUSAL_WORDS[refusal] ?? UNKNOWN_WORDS, what);
+}
+
 /** Words for common errors of system calls. */
 const ERRNO_WORDS: Readonly<Record<string, Words>> = {
   ENOENT: { message: '{what} does not exist', advice: 'look for a typing error' },
@@ -283,7 +288,7 @@ export function explain(error: unknown, what: string): StillblockError {
   const code = errnoOf(error);
   if (isNativeError(error)) {
     if (error.refusal !== undefined) {
-      const words = fill(REFUSAL_WORDS[error.refusal] ?? UNKNOWN_WORDS, what);
+      const words = refusalWords(error.refusal, what);
       return new StillblockError(`STORE_${error.refusal}`, words.message, words.advice, {
         cause: error,
       });

@@ -6,8 +6,14 @@
 import { readFile, stat, statfs } from 'node:fs/promises';
 import type { BlockDevices, DeviceNumber } from './block-devices.ts';
 import { splitDeviceNumber } from './block-devices.ts';
-import { explain, reasonWords, StillblockError, usageError } from './errors.ts';
-import { createStore, openStore, type StoreFile, type StorePiece } from './native.ts';
+import { explain, reasonWords, refusalWords, StillblockError, usageError } from './errors.ts';
+import {
+  createStore,
+  isNativeError,
+  openStore,
+  type StoreFile,
+  type StorePiece,
+} from './native.ts';
 import { formatSize } from './sizes.ts';
 
 const MIB = 1024 * 1024;
@@ -151,6 +157,10 @@ export async function planStore(
         );
       return { kind: 'folder', path: place, sizeBytes: roundUp(bytes) };
     }
+    if (!status.isFile()) {
+      const { message, advice } = refusalWords('NOT_FILE', place);
+      throw new StillblockError('STORE_NOT_FILE', message, advice);
+    }
     if (request.maxBytes !== undefined) {
       throw usageError(
         '--store-max is for stores that grow, not for a file',
@@ -165,9 +175,6 @@ export async function planStore(
 
 function explainStore(error: unknown, place: string): StillblockError {
   const code = error instanceof Error && 'code' in error ? error.code : undefined;
-  if (error instanceof StillblockError) {
-    return error;
-  }
   if (code === 'ENOENT') {
     return new StillblockError(
       'NO_STORE',
@@ -177,14 +184,12 @@ function explainStore(error: unknown, place: string): StillblockError {
     );
   }
   if (code === 'EOPNOTSUPP' || code === 'ENOTTY') {
-    return new StillblockError(
-      'STORE_FILE_SYSTEM',
-      `store ${place} is on a file system that cannot hold a store`,
-      'name a folder on a local ext4 or XFS file system, or use --store memory',
-      { cause: error },
-    );
+    // No files without names, no preallocation, or no extents to be told.
+    const { message, advice } = refusalWords('FILE_SYSTEM', place);
+    return new StillblockError('STORE_FILE_SYSTEM', message, advice, { cause: error });
   }
-  return explain(error, `store ${place}`);
+  const refused = isNativeError(error) && error.refusal !== undefined;
+  return explain(error, refused ? place : `store ${place}`);
 }
 
 /** A store in use. Whoever prepared it closes it, after the snapshot. */

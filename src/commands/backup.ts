@@ -15,7 +15,7 @@ import { nativeConstants } from '../native.ts';
 import { errorLine, printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
 import { type BackupObserver, type BackupRequest, BackupSession } from '../snapshot-session.ts';
-import { type CommonOptions, collect, newCommand, sizeOption } from './common.ts';
+import { type CommonOptions, collect, example, newCommand, sizeOption } from './common.ts';
 
 interface BeginOptions extends CommonOptions, ListenOptions {
   readonly checkpoint: string;
@@ -213,7 +213,8 @@ export function backupCommand(): Command {
         .addHelpText(
           'after',
           `
-Returns when everything is released. The checkpoint stays.`,
+Returns when everything is released. The checkpoint stays.
+${example('stillblock backup end')}`,
         )
         .action(end),
     );

@@ -7,7 +7,7 @@ import { type Disk, diskOf, openControl } from '../disks.ts';
 import { folders } from '../folders.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
-import { type CommonOptions, newCommand } from './common.ts';
+import { type CommonOptions, example, newCommand } from './common.ts';
 
 function toIso(seconds: number): string {
   return new Date(seconds * 1000).toISOString();
@@ -117,15 +117,24 @@ export function checkpointCommand(): Command {
   return new Command('checkpoint')
     .summary('list and delete the instants that increments start from')
     .description('Checkpoints: the named instants that increments start from.')
-    .addCommand(newCommand('list', 'list the checkpoints, oldest first').action(list))
+    .addCommand(
+      newCommand('list', 'list the checkpoints, oldest first')
+        .addHelpText(
+          'after',
+          example("stillblock checkpoint list --json | jq -r '.checkpoints[].name'"),
+        )
+        .action(list),
+    )
     .addCommand(
       newCommand('show', 'show a checkpoint, and whether increments can start from it')
         .argument('<NAME>', 'name of the checkpoint')
+        .addHelpText('after', example('stillblock checkpoint show monday'))
         .action(show),
     )
     .addCommand(
       newCommand('delete', 'delete a checkpoint: no increment can start from it any more')
         .argument('<NAME>', 'name of the checkpoint')
+        .addHelpText('after', example('stillblock checkpoint delete monday'))
         .action(remove),
     );
 }

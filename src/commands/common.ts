@@ -22,6 +22,11 @@ export function newCommand(name: string, summary: string): Command {
     );
 }
 
+/** The end of a help text that is an example alone. */
+export function example(line: string): string {
+  return `\nExample:\n  ${line}`;
+}
+
 /** Collects an option that may be given several times. */
 export function collect(value: string, before: readonly string[] | undefined): readonly string[] {
   return [...(before ?? []), value];

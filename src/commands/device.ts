@@ -7,7 +7,7 @@ import { explain, reasonWords, StillblockError } from '../errors.ts';
 import type { ControlDevice } from '../native.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
-import { type CommonOptions, newCommand, sizeOption } from './common.ts';
+import { type CommonOptions, example, newCommand, sizeOption } from './common.ts';
 
 /** A tracked device as it is printed. */
 function toReport({ name, path, tracker }: Disk): object {
@@ -179,23 +179,12 @@ Examples:
     .addCommand(
       newCommand('detach', 'stop to track devices')
         .argument('<DEV...>', 'tracked devices, by path or by name')
-        .addHelpText(
-          'after',
-          `
-Example:
-  stillblock device detach /dev/sda`,
-        )
+        .addHelpText('after', example('stillblock device detach /dev/sda'))
         .action(detach),
     )
     .addCommand(
       newCommand('list', 'list the tracked devices')
-        .addHelpText(
-          'after',
-          `
-Examples:
-  stillblock device list
-  stillblock device list --json | jq -r '.devices[].name'`,
-        )
+        .addHelpText('after', example("stillblock device list --json | jq -r '.devices[].name'"))
         .action(list),
     );
 }

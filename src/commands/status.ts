@@ -7,7 +7,7 @@ import { openControl } from '../disks.ts';
 import { folders } from '../folders.ts';
 import { printJson, printLine } from '../output.ts';
 import { printBackup } from './backup.ts';
-import { type CommonOptions, newCommand } from './common.ts';
+import { type CommonOptions, example, newCommand } from './common.ts';
 
 function printState(backup: BackupDescription | undefined): void {
   if (backup === undefined) {
@@ -40,5 +40,7 @@ async function status(options: CommonOptions): Promise<void> {
 
 /** `stillblock status` */
 export function statusCommand(): Command {
-  return newCommand('status', 'show the module, and the backup that is running').action(status);
+  return newCommand('status', 'show the module, and the backup that is running')
+    .addHelpText('after', example('stillblock status --json | jq .backup.store'))
+    .action(status);
 }
