@@ -155,8 +155,8 @@ export class Connection {
 
   #onEnd(): void {
     if (this.#phase === 'transmission') {
-      // The client sends no more, but may still wait for replies.
-      this.drain();
+      // The client sends no more, but may still wait for replies, for as long as its link takes.
+      this.#transmission?.drain();
     } else {
       this.#logger.debug({}, 'client left');
       this.#end();

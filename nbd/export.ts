@@ -11,7 +11,7 @@ import {
   NBD_STATE_HOLE,
   SECTOR_BYTES,
 } from './constants.ts';
-import { type Extent, ExtentMap, roundOutward } from './extents.ts';
+import { type Extent, ExtentMap } from './extents.ts';
 
 /** Immutable bytes at offsets. Several exports may share one; who opened it closes it. */
 export interface BlockSource {
@@ -163,7 +163,8 @@ export interface DiskOptions {
 
 /** A client that believes the start of a sector must not be misled about its end. */
 function requireSectors(map: ExtentMap): void {
-  for (const { start } of map.runs(0, map.sizeBytes)) {
+  for (let index = 0; index < map.runCount; index += 1) {
+    const start = map.startOf(index);
     if (start % SECTOR_BYTES !== 0) {
       throw new RangeError(`flags change at byte ${start}, within a sector`);
     }
@@ -188,9 +189,10 @@ export function diskExports(options: DiskOptions): [Export, ...Export[]] {
   for (const { name: checkpoint, dirty, blockSizeBytes = SECTOR_BYTES } of options.checkpoints) {
     const changed = ExtentMap.fromRanges(
       source.sizeBytes,
-      roundOutward(dirty, blockSizeBytes),
+      dirty,
       NBD_STATE_DIRTY,
       0,
+      blockSizeBytes,
     );
     requireSectors(changed);
     contexts.set(`${DIRTY_BITMAP_PREFIX}${checkpoint}`, changed);

@@ -4,7 +4,7 @@
  * contiguous, of nonzero length, no two neighbours with equal flags, together
  * covering the export exactly. The builder enforces that; the rest relies on it.
  */
-import { requireBytes } from './units.ts';
+import { isBytes, requireBytes } from './units.ts';
 
 /** A range of bytes. */
 export interface Extent {
@@ -21,14 +21,34 @@ export interface Run {
 
 /** Appends runs in order and merges neighbours with equal flags. */
 class RunBuilder {
-  readonly starts: number[] = [];
-  readonly flags: number[] = [];
+  #starts: Float64Array = new Float64Array(16);
+  #flags: Uint32Array = new Uint32Array(16);
+  #count = 0;
 
   append(start: number, end: number, flags: number): void {
-    if (start < end && this.flags.at(-1) !== flags) {
-      this.starts.push(start);
-      this.flags.push(flags);
+    const count = this.#count;
+    if (start >= end || (count > 0 && this.#flags[count - 1] === flags)) {
+      return;
     }
+    if (count === this.#starts.length) {
+      // Typed arrays, for a large disk has millions of runs, and each would be an object.
+      const starts = new Float64Array(2 * count);
+      starts.set(this.#starts);
+      this.#starts = starts;
+      const grown = new Uint32Array(2 * count);
+      grown.set(this.#flags);
+      this.#flags = grown;
+    }
+    this.#starts[count] = start;
+    this.#flags[count] = flags;
+    this.#count = count + 1;
+  }
+
+  finish(): { starts: Float64Array; flags: Uint32Array } {
+    return {
+      starts: this.#starts.slice(0, this.#count),
+      flags: this.#flags.slice(0, this.#count),
+    };
   }
 }
 
@@ -46,11 +66,8 @@ export class ExtentMap {
   }
 
   static #fromBuilder(sizeBytes: number, builder: RunBuilder): ExtentMap {
-    return new ExtentMap(
-      sizeBytes,
-      Float64Array.from(builder.starts),
-      Uint32Array.from(builder.flags),
-    );
+    const { starts, flags } = builder.finish();
+    return new ExtentMap(sizeBytes, starts, flags);
   }
 
   /** A map with the same flags everywhere. */
@@ -64,34 +81,39 @@ export class ExtentMap {
    * @param sizeBytes size of the export, bytes
    * @param inside ranges in any order; they may touch, overlap, be empty, and reach beyond
    *   the end, where they are cut off
-   * @throws RangeError if a number is negative, not whole or not exact
+   * @param blockSizeBytes block to which each range is rounded outward: what a block-wise
+   *   change map says of a byte it says of its block
+   * @throws RangeError if a number is negative, not whole or not exact, or the block size zero
    */
   static fromRanges(
     sizeBytes: number,
     inside: Iterable<Extent>,
     flagsInside: number,
     flagsOutside: number,
+    blockSizeBytes = 1,
   ): ExtentMap {
     requireBytes(sizeBytes, 'size');
-    const ranges: Extent[] = [];
+    if (requireBytes(blockSizeBytes, 'block size') === 0) {
+      throw new RangeError('block size is zero');
+    }
+    const ranges = Array.isArray(inside) ? (inside as readonly Extent[]) : [...inside];
     let sorted = true;
     let last = 0;
-    for (const { offset, length } of inside) {
-      requireBytes(offset, 'offset of a range');
-      requireBytes(length, 'length of a range');
+    for (const { offset, length } of ranges) {
+      if (!isBytes(offset) || !isBytes(length)) {
+        throw new RangeError(`range of ${length} bytes at ${offset} is not in whole bytes`);
+      }
       sorted &&= offset >= last;
       last = offset;
-      ranges.push({ offset, length });
     }
-    if (!sorted) {
-      ranges.sort((a, b) => a.offset - b.offset);
-    }
+    const inOrder = sorted ? ranges : ranges.toSorted((a, b) => a.offset - b.offset);
     const builder = new RunBuilder();
     let position = 0;
-    for (const { offset, length } of ranges) {
-      const start = Math.min(offset, sizeBytes);
-      // The sum may be inexact above 2^53, but never below the size then.
-      const end = Math.min(offset + length, sizeBytes);
+    for (const { offset, length } of inOrder) {
+      // The sums may be inexact above 2^53, but are never below the size then.
+      const blockEnd = Math.ceil((offset + length) / blockSizeBytes) * blockSizeBytes;
+      const start = Math.min(offset - (offset % blockSizeBytes), sizeBytes);
+      const end = length === 0 ? start : Math.min(blockEnd, sizeBytes);
       if (end > start && end > position) {
         if (start > position) {
           builder.append(position, start, flagsOutside);
@@ -192,28 +214,5 @@ export class ExtentMap {
 
   #flagsOf(index: number): number {
     return this.#flags[index] ?? 0;
-  }
-}
-
-/**
- * Rounds ranges outward to whole blocks: what a block-wise change map says of a
- * byte it says of its block.
- *
- * @param blockSizeBytes size of a block, bytes, at least 1
- * @throws RangeError if the block size is not a positive whole number
- */
-export function* roundOutward(
-  extents: Iterable<Extent>,
-  blockSizeBytes: number,
-): Generator<Extent> {
-  if (requireBytes(blockSizeBytes, 'block size') === 0) {
-    throw new RangeError('block size is zero');
-  }
-  for (const { offset, length } of extents) {
-    if (length > 0) {
-      const start = offset - (offset % blockSizeBytes);
-      const end = Math.ceil((offset + length) / blockSizeBytes) * blockSizeBytes;
-      yield { offset: start, length: end - start };
-    }
   }
 }

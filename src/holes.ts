@@ -2,7 +2,7 @@
 /** Which parts of a plain file hold data, as its file system knows. */
 import { open } from 'node:fs/promises';
 import { NBD_STATE_HOLE, NBD_STATE_ZERO, SECTOR_BYTES } from '../nbd/constants.ts';
-import { ExtentMap, roundOutward } from '../nbd/extents.ts';
+import { ExtentMap } from '../nbd/extents.ts';
 
 /**
  * The flags of `base:allocation` for a plain file: holes read as zeroes. A sector
@@ -24,8 +24,8 @@ export async function fileAllocation(
     }
     // Loaded only here, so that devices can be served where the addon is not built.
     const { dataRanges } = await import('./native.ts');
-    const data = roundOutward(await dataRanges(file.fd, sizeBytes), SECTOR_BYTES);
-    return ExtentMap.fromRanges(sizeBytes, data, 0, NBD_STATE_HOLE | NBD_STATE_ZERO);
+    const data = await dataRanges(file.fd, sizeBytes);
+    return ExtentMap.fromRanges(sizeBytes, data, 0, NBD_STATE_HOLE | NBD_STATE_ZERO, SECTOR_BYTES);
   } finally {
     await file.close();
   }

@@ -2,7 +2,7 @@
 /** Extents against the simplest model there is: an array with the flags of each byte. */
 import test from 'ava';
 import fc from 'fast-check';
-import { type Extent, ExtentMap, roundOutward } from '../../nbd/extents.ts';
+import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import { selectContexts, statusRange } from '../../nbd/meta-context.ts';
 
 const SIZE = 200;
@@ -130,7 +130,7 @@ test('rounding outward marks whole blocks, those touched and no others', (t) => 
   const blockSizes = fc.constantFrom(1, 2, 3, 8, 64, 1000);
   fc.assert(
     fc.property(extents, blockSizes, (inside, blockSizeBytes) => {
-      const rounded = ExtentMap.fromRanges(SIZE, roundOutward(inside, blockSizeBytes), 1, 0);
+      const rounded = ExtentMap.fromRanges(SIZE, inside, 1, 0, blockSizeBytes);
       const model = naive(SIZE, inside, 1, 0);
       // A range beyond the end marks the last block, too, if it begins in it.
       const beyond = naive(SIZE + 100, inside, 1, 0);
@@ -145,7 +145,7 @@ test('rounding outward marks whole blocks, those touched and no others', (t) => 
 });
 
 test('a block size of zero is refused', (t) => {
-  t.throws(() => [...roundOutward([], 0)], { instanceOf: RangeError });
+  t.throws(() => ExtentMap.fromRanges(1, [], 1, 0, 0), { instanceOf: RangeError });
 });
 
 // ---- what a BLOCK_STATUS reply covers
