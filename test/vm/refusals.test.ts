@@ -59,6 +59,7 @@ test.before(async () => {
       { name: 'btrfs', sizeBytes: 128 * MiB },
     ],
     forwardPorts: [nbdPort],
+    memoryMiB: 1024,
     // 64 MiB of memory play persistent memory, which file systems map directly.
     appendCmdline: 'memmap=64M!512M',
   });
@@ -78,7 +79,7 @@ test.before(async () => {
     cp --reflink=always /srv/xfs/shared /srv/xfs/copy
     dd if=/dev/urandom of=/srv/btrfs/file bs=1M count=32 status=none
     dd if=/dev/urandom of=/srv/origin/file bs=1M count=16 status=none
-    modprobe nd_e820; until [ -b /dev/pmem0 ]; do sleep 0.05; done
+    modprobe -a nd_e820 nd_pmem; until [ -b /dev/pmem0 ]; do sleep 0.05; done
     modprobe null_blk nr_devices=1 zoned=1 gb=1 zone_size=64
     sync`,
     { timeoutMs: 120_000 },

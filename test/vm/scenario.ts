@@ -5,7 +5,7 @@
 
 import { mkdtemp, open, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { checkout, type KernelName } from './checkout.ts';
 import type { CommandResult, GuestCommand } from './command.ts';
 import { bootGuest, type Guest } from './guest.ts';
@@ -224,14 +224,18 @@ class Backup {
   }
 }
 
-/** Reads a whole export, holes too, and hashes it. */
-async function hashExport(uri: string): Promise<string> {
-  const script = 'set -o pipefail; nbdcopy --no-extents "$1" - | sha256sum';
-  return (await runTool('bash', ['-c', script, 'bash', uri])).stdout.slice(0, 64);
-}
-
 const hashFile = async (path: string): Promise<string> =>
   (await runTool('sha256sum', [path])).stdout.slice(0, 64);
+
+/** Reads a whole export and hashes it. */
+async function hashExport(uri: string, folder: string): Promise<string> {
+  const scratch = await mkdtemp(join(folder, 'hash-'));
+  const raw = join(scratch, 'raw');
+  await runTool('qemu-img', ['convert', '-f', 'raw', '-O', 'raw', uri, raw]);
+  const hash = await hashFile(raw);
+  await rm(scratch, { recursive: true });
+  return hash;
+}
 
 const pullFull = (uri: string, file: string): Promise<unknown> =>
   runTool('qemu-img', ['convert', '-f', 'raw', '-O', 'qcow2', uri, file]);
@@ -363,7 +367,9 @@ async function pullMonday(guest: Guest, pulled: readonly Pulled[], say: Progress
   const backup = await Backup.begin(guest, 'monday');
   say('snapshot monday is served; reading both images a first time');
   const hashAll = (): Promise<string[]> =>
-    Promise.all(pulled.map(({ origin }) => hashExport(backup.uri(origin.name))));
+    Promise.all(
+      pulled.map(({ origin, monday }) => hashExport(backup.uri(origin.name), dirname(monday))),
+    );
   const first = await hashAll();
   say('pulling both disks in full with qemu-img');
   await Promise.all(
