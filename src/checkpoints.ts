@@ -370,9 +370,13 @@ export class CheckpointStore {
     return { checkpoints, broken };
   }
 
-  /** Makes the folder, so that nothing but the file is missing later. */
-  async prepare(): Promise<void> {
-    await makeFolder(this.#folder);
+  /**
+   * Makes the folder, so that nothing but the file is missing later.
+   *
+   * @returns what removes it again, if it was made and is empty
+   */
+  prepare(): Promise<() => Promise<void>> {
+    return makeFolder(this.#folder);
   }
 
   /**

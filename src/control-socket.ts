@@ -6,14 +6,19 @@
  *     GET /v1/snapshot       how it does
  *     DELETE /v1/snapshot    end it; answered when it is released
  */
-import { type FileHandle, open, rm } from 'node:fs/promises';
-import { createServer, type IncomingMessage, request, type ServerResponse } from 'node:http';
+import { rm } from 'node:fs/promises';
+import {
+  createServer,
+  type IncomingMessage,
+  request,
+  type Server,
+  type ServerResponse,
+} from 'node:http';
 import { join } from 'node:path';
 import { umask } from 'node:process';
 import type { BackupDescription, BackupEnded } from './backup-report.ts';
-import { explain, StillblockError } from './errors.ts';
+import { explain } from './errors.ts';
 import { type Folders, makeFolder } from './folders.ts';
-import { tryLock } from './native.ts';
 
 const SNAPSHOT = '/v1/snapshot';
 /** An answer is a few kilobytes for each of 64 disks with 255 checkpoints. */
@@ -29,22 +34,6 @@ export interface Controlled {
 
 function socketPath(folders: Folders): string {
   return join(folders.run, 'control.sock');
-}
-
-/** A lock that only one backup at a time can hold, and that dies with its process. */
-async function lock(folders: Folders): Promise<FileHandle | undefined> {
-  await makeFolder(folders.run);
-  const path = join(folders.run, 'lock');
-  try {
-    const handle = await open(path, 'a', 0o600);
-    if (tryLock(handle.fd)) {
-      return handle;
-    }
-    await handle.close();
-    return undefined;
-  } catch (error) {
-    throw explain(error, path);
-  }
 }
 
 function answer(response: ServerResponse, status: number, body: object): void {
@@ -70,31 +59,23 @@ async function handle(
   }
 }
 
-/** The socket of a running backup, and its right to be the only one. */
+/** The socket of a running backup. */
 export class ControlSocket {
-  readonly #close: () => Promise<void>;
+  readonly #server: Server;
+  readonly #removeFolder: () => Promise<void>;
 
-  private constructor(close: () => Promise<void>) {
-    this.#close = close;
+  private constructor(server: Server, removeFolder: () => Promise<void>) {
+    this.#server = server;
+    this.#removeFolder = removeFolder;
   }
 
   /**
-   * Becomes the one running backup and listens.
-   *
-   * @throws StillblockError if another one runs
+   * Listens. The caller is the only backup that runs: a socket that is there is a dead
+   * process's, and is replaced.
    */
   static async open(folders: Folders, controlled: Controlled): Promise<ControlSocket> {
-    const held = await lock(folders);
-    if (held === undefined) {
-      const running = await describeBackup(folders).catch(() => undefined);
-      const name = running === undefined ? '' : ` (checkpoint ${running.checkpoint})`;
-      throw new StillblockError(
-        'BACKUP_RUNNING',
-        `another backup is running already${name}`,
-        'end it with stillblock backup end first',
-      );
-    }
     const path = socketPath(folders);
+    const removeFolder = await makeFolder(folders.run);
     const server = createServer((incoming, response) => {
       handle(controlled, incoming, response).catch((error: unknown) => {
         const message = error instanceof Error ? error.message : String(error);
@@ -102,7 +83,6 @@ export class ControlSocket {
       });
     });
     try {
-      // The lock is ours, so a socket that is there is a dead process's.
       await rm(path, { force: true });
       await new Promise<void>((resolve, reject) => {
         server.once('error', reject);
@@ -112,21 +92,19 @@ export class ControlSocket {
         umask(before);
       });
     } catch (error) {
-      await held.close();
+      await removeFolder();
       throw explain(error, path);
     }
-    return new ControlSocket(async () => {
-      await new Promise<void>((resolve) => {
-        server.close(() => resolve());
-        server.closeIdleConnections();
-      });
-      await held.close();
-    });
+    return new ControlSocket(server, removeFolder);
   }
 
-  /** Sends the answers that are due, removes the socket, and lets others begin. */
-  close(): Promise<void> {
-    return this.#close();
+  /** Sends the answers that are due and removes the socket. */
+  async close(): Promise<void> {
+    await new Promise<void>((resolve) => {
+      this.#server.close(() => resolve());
+      this.#server.closeIdleConnections();
+    });
+    await this.#removeFolder();
   }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Where state is kept. */
-import { mkdir } from 'node:fs/promises';
-import { join } from 'node:path';
+import { mkdir, rmdir } from 'node:fs/promises';
+import { dirname, join, resolve } from 'node:path';
 import { env } from 'node:process';
 import { explain } from './errors.ts';
 
@@ -24,11 +24,29 @@ export function checkpointFolder({ state }: Folders): string {
   return join(state, 'checkpoints');
 }
 
-/** Makes a folder for root alone, with those above it. */
-export async function makeFolder(path: string): Promise<void> {
+/**
+ * Makes a folder for root alone, with those above it.
+ *
+ * @returns what removes again the folders that were made, as far as they are empty
+ */
+export async function makeFolder(path: string): Promise<() => Promise<void>> {
+  let first: string | undefined;
   try {
-    await mkdir(path, { recursive: true, mode: 0o700 });
+    first = await mkdir(path, { recursive: true, mode: 0o700 });
   } catch (error) {
     throw explain(error, path);
   }
+  return async () => {
+    if (first === undefined) {
+      return;
+    }
+    for (let folder = resolve(path); folder.startsWith(first); folder = dirname(folder)) {
+      try {
+        await rmdir(folder);
+      } catch {
+        // Somebody else uses it by now.
+        return;
+      }
+    }
+  };
 }

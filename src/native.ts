@@ -158,6 +158,7 @@ interface NativeControl {
   attach(path: string, blockSizeBytes: number): Promise<bigint>;
   detach(id: bigint): Promise<void>;
   take(request: TakeRequest): Promise<NativeSnapshot>;
+  tryLock(): boolean;
   close(): void;
 }
 
@@ -167,7 +168,6 @@ interface Addon {
   createStore(folder: string, sizeBytes: number): Promise<NativeStoreFile>;
   openStore(path: string, sizeBytes: number): Promise<NativeStoreFile>;
   dataRanges(fd: number, sizeBytes: number): Promise<Float64Array>;
-  tryLock(fd: number): boolean;
 }
 
 let loaded: Addon | undefined;
@@ -231,6 +231,16 @@ export class ControlDevice {
   /** Takes one snapshot of several devices at one instant. */
   async take(request: TakeRequest): Promise<Snapshot> {
     return new Snapshot(await this.#native.take(request));
+  }
+
+  /**
+   * Locks the device against others that lock it, until it is closed, however this
+   * process ends.
+   *
+   * @returns false if somebody else has the lock
+   */
+  tryLock(): boolean {
+    return this.#native.tryLock();
   }
 
   /** Lets go of the device; snapshots stay. */
@@ -317,14 +327,4 @@ export function storeExtents(store: StoreFile): Extent[] {
  */
 export async function dataRanges(fd: number, sizeBytes: number): Promise<readonly Extent[]> {
   return toExtents(await addon().dataRanges(fd, sizeBytes));
-}
-
-/**
- * Locks an open file against other processes that lock it. The lock goes with the
- * descriptor, and so with the process.
- *
- * @returns false if somebody else holds it
- */
-export function tryLock(fd: number): boolean {
-  return addon().tryLock(fd);
 }

@@ -16,7 +16,7 @@ import {
 } from './backup-report.ts';
 import { BlockDevices, deviceNumber, splitDeviceNumber } from './block-devices.ts';
 import { type Checkpoint, type CheckpointList, CheckpointStore, judge } from './checkpoints.ts';
-import { type Controlled, ControlSocket } from './control-socket.ts';
+import { type Controlled, ControlSocket, describeBackup } from './control-socket.ts';
 import { blockDeviceAt, chooseDisks, type Disk, type DiskRequest, openControl } from './disks.ts';
 import {
   EXIT,
@@ -159,6 +159,9 @@ export class BackupSession implements Controlled {
     const control = openControl();
     let socket: ControlSocket | undefined;
     try {
+      if (!control.tryLock()) {
+        throw await this.#otherBackup();
+      }
       socket = await ControlSocket.open(this.#folders, this);
       await this.#begin(control);
       await this.#untilEnd();
@@ -167,14 +170,26 @@ export class BackupSession implements Controlled {
         throw error;
       }
     } finally {
-      control.close();
       this.#enter('ending');
       await this.#stack.release((err) => this.#log.error({ err }, 'release'));
       this.#enter('ended');
       this.#released();
       await socket?.close();
+      // Last, since it ends the lock.
+      control.close();
     }
     return this.#failure === undefined ? EXIT.done : exitCodeOf(this.#failure);
+  }
+
+  /** One backup at a time: two could not both be meant by `backup end`. */
+  async #otherBackup(): Promise<StillblockError> {
+    const other = await describeBackup(this.#folders).catch(() => undefined);
+    const name = other === undefined ? '' : ` (checkpoint ${other.checkpoint})`;
+    return new StillblockError(
+      'BACKUP_RUNNING',
+      `another backup is running already${name}`,
+      'end it with stillblock backup end first',
+    );
   }
 
   /** Lets it end, at the next point where it can. */
@@ -260,7 +275,7 @@ export class BackupSession implements Controlled {
 
   async #requireFreeName(): Promise<readonly Checkpoint[]> {
     const { checkpoint } = this.#request;
-    await this.#checkpoints.prepare();
+    this.#stack.push(await this.#checkpoints.prepare());
     if (await this.#checkpoints.has(checkpoint)) {
       throw new StillblockError(
         'CHECKPOINT_EXISTS',

@@ -167,6 +167,10 @@ export async function planStore(
         'name its folder instead, or leave --store-max out',
       );
     }
+    if (sizeBytes === undefined && status.size < Math.min(WORTHWHILE_BYTES, originBytes)) {
+      const { message, advice } = refusalWords('TOO_SMALL', place);
+      throw new StillblockError('STORE_TOO_SMALL', message, advice);
+    }
     return { kind: 'file', path: place, sizeBytes: sizeBytes ?? status.size };
   } catch (error) {
     throw explainStore(error, place);

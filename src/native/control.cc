@@ -2,6 +2,7 @@
 #include "control.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 
 #include <string>
@@ -138,6 +139,7 @@ Napi::Function Control::Define(Napi::Env env) {
                       InstanceMethod<&Control::Attach>("attach"),
                       InstanceMethod<&Control::Detach>("detach"),
                       InstanceMethod<&Control::Take>("take"),
+                      InstanceMethod<&Control::TryLock>("tryLock"),
                       InstanceMethod<&Control::Close>("close")});
 }
 
@@ -224,6 +226,17 @@ Napi::Value Control::Take(const Napi::CallbackInfo& info) {
       info.Env(), "stillblock:take",
       [device, request] { return TakeSnapshot(device->get(), *request); },
       [](Napi::Env env, std::shared_ptr<UniqueFd>& fd) { return Snapshot::New(env, fd); });
+}
+
+Napi::Value Control::TryLock(const Napi::CallbackInfo& info) {
+  auto device = Device(info.Env());
+  if (!device) return {};
+  bool locked = flock(device->get(), LOCK_EX | LOCK_NB) == 0;
+  if (!locked && errno != EWOULDBLOCK) {
+    Failure::Last("flock").ToError(info.Env()).ThrowAsJavaScriptException();
+    return {};
+  }
+  return Napi::Boolean::New(info.Env(), locked);
 }
 
 Napi::Value Control::Close(const Napi::CallbackInfo& info) {

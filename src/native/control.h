@@ -9,7 +9,7 @@
 
 #include "unique_fd.h"
 
-// JavaScript: { info(), list(), attach(), detach(), take(), close() }. An operation that runs
+// JavaScript: { info(), list(), attach(), detach(), take(), tryLock(), close() }. An operation that runs
 // keeps the descriptor; close() only lets go of it.
 class Control final : public Napi::ObjectWrap<Control> {
  public:
@@ -32,6 +32,8 @@ class Control final : public Napi::ObjectWrap<Control> {
   // take({ trackers: bigint[], mounts: number[], stores: (StoreFile | number)[],
   // freezeTimeoutMs, lowWatermarkBytes }): Promise<Snapshot>; a number is a limit of memory
   Napi::Value Take(const Napi::CallbackInfo& info);
+  // tryLock(): boolean. Only one open control device has the lock, until it is closed.
+  Napi::Value TryLock(const Napi::CallbackInfo& info);
   Napi::Value Close(const Napi::CallbackInfo& info);
 
   // Throws and returns null when closed.

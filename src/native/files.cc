@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Node cannot ask about files: where data is, and a lock that dies with its process.
+// What Node cannot ask about files: where their data is.
 #include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -67,22 +66,8 @@ Napi::Value DataRanges(const Napi::CallbackInfo& info) {
       ToFloat64Array);
 }
 
-// tryLock(fd): boolean. The lock lasts until the last descriptor of that open file is closed.
-Napi::Value TryLock(const Napi::CallbackInfo& info) {
-  Arguments arguments(info.Env());
-  int fd = arguments.Descriptor(info[0], "fd");
-  if (!arguments.ok()) return {};
-  bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0;
-  if (!locked && errno != EWOULDBLOCK) {
-    Failure::Last("flock").ToError(info.Env()).ThrowAsJavaScriptException();
-    return {};
-  }
-  return Napi::Boolean::New(info.Env(), locked);
-}
-
 }  // namespace
 
 void ExportFiles(Napi::Env env, Napi::Object exports) {
   exports.Set("dataRanges", Napi::Function::New(env, DataRanges, "dataRanges"));
-  exports.Set("tryLock", Napi::Function::New(env, TryLock, "tryLock"));
 }
