@@ -32,9 +32,12 @@ Outcome<Ranges> FindData(int fd, uint64_t size) {
     }
     if (data >= end) break;
     off_t hole = lseek(fd, data, SEEK_HOLE);
-    if (hole < 0) return Failure::Last("lseek");
-    // A file that shrinks meanwhile must not make this run for ever.
-    if (hole <= data) break;
+    if (hole < 0 && errno != ENXIO) return Failure::Last("lseek");
+    // An answer that makes no sense, as from devices that ignore lseek(): the rest is data.
+    if (data < position || hole <= data) {
+      data = position;
+      hole = end;
+    }
     if (hole > end) hole = end;
     ranges.push_back(static_cast<double>(data));
     ranges.push_back(static_cast<double>(hole - data));
