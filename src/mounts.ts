@@ -78,15 +78,22 @@ export async function groupMounts(
   return fileSystems;
 }
 
-/** All devices of a btrfs, whose superblock has a number of its own. */
-async function btrfsDevices({ source, type }: Mount): Promise<DeviceNumber[]> {
+/** The block devices that a mount's source names, as bcachefs does with colons between them. */
+async function sourceDevices(source: string): Promise<DeviceNumber[]> {
+  const paths = source.split(':').filter((path) => path.startsWith('/'));
+  const found = await Promise.all(paths.map((path) => stat(path).catch(() => undefined)));
+  return found
+    .filter((status) => status?.isBlockDevice() === true)
+    .map((status) => splitDeviceNumber(status?.rdev ?? 0));
+}
+
+/** The devices of a file system whose superblock has a number of its own. */
+async function anonymousDevices({ source, type }: Mount): Promise<readonly DeviceNumber[]> {
+  const named = await sourceDevices(source);
   if (type !== 'btrfs') {
-    return [];
+    return named;
   }
-  const named = await stat(source).then(
-    ({ rdev }) => splitDeviceNumber(rdev),
-    () => undefined,
-  );
+  // Only one device of a btrfs is named, but all of them hold it.
   const root = '/sys/fs/btrfs';
   for (const uuid of await readdir(root).catch(() => [])) {
     const names = await readdir(`${root}/${uuid}/devices`).catch(() => []);
@@ -94,17 +101,17 @@ async function btrfsDevices({ source, type }: Mount): Promise<DeviceNumber[]> {
       names.map((name) => readFile(`${root}/${uuid}/devices/${name}/dev`, 'utf8').catch(() => '')),
     );
     const members = numbers.map((number) => number.trim());
-    if (named !== undefined && members.includes(named)) {
+    if (named.some((number) => members.includes(number))) {
       return members;
     }
   }
-  return named === undefined ? [] : [named];
+  return named;
 }
 
 /** The file systems that this process sees. */
 export async function readFileSystems(devices: BlockDevices): Promise<FileSystem[]> {
   const text = await readFile('/proc/self/mountinfo', 'utf8');
-  return groupMounts(parseMountinfo(text), devices, btrfsDevices);
+  return groupMounts(parseMountinfo(text), devices, anonymousDevices);
 }
 
 /**

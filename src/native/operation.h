@@ -37,6 +37,9 @@ class Operation final : public Napi::AsyncWorker {
   void Execute() override { outcome_.emplace(run_()); }
 
   void OnOK() override {
+    // While an environment goes down nobody is left to be told, and no value can be made.
+    napi_value probe;
+    if (napi_coerce_to_bool(Env(), Env().Undefined(), &probe) != napi_ok) return;
     if (Failure* failure = std::get_if<Failure>(&*outcome_)) {
       deferred_.Reject(failure->ToError(Env()).Value());
       return;
