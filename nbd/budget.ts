@@ -51,7 +51,7 @@ export class SharedBudget {
 
 interface Waiter {
   readonly bytes: number;
-  readonly settle: (granted: boolean) => void;
+  readonly grant: () => void;
 }
 
 /** What one connection has in flight. */
@@ -84,24 +84,12 @@ export class ConnectionBudget {
     return true;
   }
 
-  /**
-   * Takes bytes as soon as there is room, in the order of the calls.
-   *
-   * @returns false if the connection was abandoned, and nothing was taken
-   */
-  take(bytes: number): Promise<boolean> {
+  /** Takes bytes as soon as there is room, in the order of the calls. */
+  take(bytes: number): Promise<void> {
     return new Promise((resolve) => {
-      this.#waiters.push({ bytes, settle: resolve });
+      this.#waiters.push({ bytes, grant: resolve });
       this.grantWaiting();
     });
-  }
-
-  /** Ends all waiting, for the connection is gone. What is held must still be given back. */
-  abandon(): void {
-    this.#shared.forget(this);
-    for (const { settle } of this.#waiters.splice(0)) {
-      settle(false);
-    }
   }
 
   /** Gives bytes back. */
@@ -118,7 +106,7 @@ export class ConnectionBudget {
       this.#waiters.shift();
       this.#usedBytes += next.bytes;
       this.#shared.take(next.bytes);
-      next.settle(true);
+      next.grant();
       next = this.#waiters[0];
     }
     if (next === undefined) {

@@ -146,7 +146,6 @@ export class Transmission {
     if (this.#state !== 'over') {
       this.#state = 'over';
       this.#input = EMPTY;
-      this.#options.budget.abandon();
       this.#releaseBarred();
       this.#dropRefusal();
     }
@@ -385,9 +384,8 @@ export class Transmission {
     const { budget, hasFailed } = this.#options;
     const flags = isLast ? NBD_REPLY_FLAG_DONE : 0;
     const chunk = encodeOffsetHole(cookie, flags, start, end - start);
-    if (!budget.tryTake(chunk.length) && !(await budget.take(chunk.length))) {
-      this.#answered();
-      return false;
+    if (!budget.tryTake(chunk.length)) {
+      await budget.take(chunk.length);
     }
     if (hasFailed()) {
       budget.give(chunk.length);
@@ -410,9 +408,8 @@ export class Transmission {
     const headerBytes = structuredReplies ? OFFSET_DATA_HEADER_BYTES : SIMPLE_REPLY_BYTES;
     for (let position = start; position < end; ) {
       const length = Math.min(limits.pieceBytes, end - position);
-      if (!budget.tryTake(length) && !(await budget.take(length))) {
-        this.#answered();
-        return false;
+      if (!budget.tryTake(length)) {
+        await budget.take(length);
       }
       const buffer = pool.take(length);
       const release = (): void => {
@@ -452,9 +449,8 @@ export class Transmission {
   async #readLongSimple(cookie: Cookie, offset: number, length: number): Promise<void> {
     const { budget, pool, limits } = this.#options;
     const pieceBytes = limits.pieceBytes;
-    if (!budget.tryTake(pieceBytes) && !(await budget.take(pieceBytes))) {
-      this.#answered();
-      return;
+    if (!budget.tryTake(pieceBytes)) {
+      await budget.take(pieceBytes);
     }
     const buffer = pool.take(pieceBytes);
     const end = offset + length;
@@ -510,9 +506,8 @@ export class Transmission {
     const { contexts } = agreement;
     const { offset, length, requestOne } = request;
     const range = statusRange(contexts, offset, length, limits.statusExtents, requestOne);
-    if (!budget.tryTake(range.replyBytes) && !(await budget.take(range.replyBytes))) {
-      this.#answered();
-      return;
+    if (!budget.tryTake(range.replyBytes)) {
+      await budget.take(range.replyBytes);
     }
     if (hasFailed()) {
       budget.give(range.replyBytes);

@@ -57,9 +57,12 @@ function refuse(error: NbdError, message: string, payloadBytes = 0): ValidReques
   return { kind: 'refuse', error, message, payloadBytes };
 }
 
-/** Whether `[offset, offset + length)` leaves the export; nothing here can wrap around. */
+/**
+ * Whether `[offset, offset + length)` leaves the export. What is left behind the
+ * offset is negative if that is beyond the end; nothing here can wrap around.
+ */
 function isBeyondEnd(request: Request, sizeBytes: number): boolean {
-  return request.offset > sizeBytes || request.length > sizeBytes - request.offset;
+  return request.length > sizeBytes - request.offset;
 }
 
 function validateRead(request: Request, rules: RequestRules): ValidRequest {

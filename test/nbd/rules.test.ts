@@ -24,6 +24,7 @@ import {
   type RawRequest,
   REP,
   request,
+  settled,
   soon,
   statusOf,
   type World,
@@ -426,13 +427,15 @@ for (const structured of [true, false]) {
   });
 
   test(`${mode}: a client that ends its side gets its replies, then the end`, async (t) => {
-    const { source, connect } = await served(t);
+    const where = await served(t);
+    const { source, connect } = where;
     const raw = await connect();
     await raw.go('disk', { structured });
     source.hold();
     raw.send(request({ type: CMD.read, length: 4096 }));
     raw.socket.end();
     await source.waitHeld(1);
+    await settled(where);
     source.release();
     const bytes = await raw.readToEnd();
     t.is(bytes.length, 4096 + (structured ? 28 : 16));
@@ -530,6 +533,34 @@ test('simple replies in several pieces do not mix with others', async (t) => {
     t.true((await raw.read(length)).equals(source.data.subarray(offset, offset + length)));
   }
   await raw.expectInStep(false);
+});
+
+test('a simple reply in several pieces bars what is ready meanwhile', async (t) => {
+  const where = await served(t);
+  const { source, connect } = where;
+  const raw = await connect();
+  await raw.go('disk', { structured: false });
+  source.hold(MIB);
+  const reads = [
+    { offset: 0, length: 2 * MIB, cookie: 1n },
+    { offset: 512, length: 2 * MIB, cookie: 2n },
+    { offset: 0, length: 9, cookie: 4n },
+  ] as const;
+  raw.send(...reads.slice(0, 2).map((each) => request({ type: CMD.read, ...each })));
+  // The first waits for its second piece, the other for its first.
+  await source.waitHeld(2);
+  raw.send(request({ type: CMD.flush, cookie: 3n }), request({ type: CMD.read, ...reads[2] }));
+  await settled(where);
+  source.release();
+  const order: bigint[] = [];
+  for (let index = 0; index < 4; index += 1) {
+    const { cookie } = await raw.simpleReply();
+    order.push(cookie);
+    const asked = reads.find((each) => each.cookie === cookie) ?? { offset: 0, length: 0 };
+    const { offset, length } = asked;
+    t.true((await raw.read(length)).equals(source.data.subarray(offset, offset + length)));
+  }
+  t.is(order[0], 1n);
 });
 
 test('FUA is offered and accepted on every command', async (t) => {

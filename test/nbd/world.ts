@@ -60,9 +60,12 @@ export class MemorySource implements BlockSource {
     return this.data.length;
   }
 
-  /** From now on reads wait for {@link release}. */
-  hold(): void {
+  #heldFrom = 0;
+
+  /** From now on reads that end behind `offset` wait for {@link release}. */
+  hold(offset = 0): void {
     this.#held ??= [];
+    this.#heldFrom = offset;
   }
 
   /** Resolves once so many reads wait. */
@@ -89,7 +92,7 @@ export class MemorySource implements BlockSource {
   async read(buffer: Uint8Array, offset: number): Promise<void> {
     this.reads += 1;
     this.sizes.push(buffer.length);
-    if (this.#held !== undefined) {
+    if (this.#held !== undefined && offset + buffer.length > this.#heldFrom) {
       const held = this.#held;
       const gate = new Promise<void>((resolve) => held.push(resolve));
       for (const waiter of this.#heldWaiters) {
@@ -188,6 +191,19 @@ export async function world(
     return client;
   };
   return { server, log, path, connect: connectClient };
+}
+
+/**
+ * Lets the server take what was sent before. Another connection's conversation runs in
+ * the same event loop, so whatever was to happen on the first has happened by its end.
+ */
+export async function settled(where: World, name = 'disk'): Promise<void> {
+  const witness = await where.connect();
+  await witness.go(name);
+  for (let turn = 0; turn < 5; turn += 1) {
+    await witness.expectInStep();
+  }
+  witness.destroy();
 }
 
 // ---- a client that says whatever it is told, built apart from the code under test
