@@ -65,8 +65,8 @@ export const REASON_WORDS: Readonly<Record<string, Words>> = {
     advice: 'back it up from its file system instead',
   },
   DAX: {
-    message: '{what} is mounted with direct access (DAX), whose writes cannot be seen',
-    advice: 'mount it with -o dax=never, then attach it again',
+    message: '{what} is persistent memory with direct access (DAX), whose writes cannot be seen',
+    advice: 'put its namespace into sector mode, or back it up from its file system instead',
   },
   BYPASSES_BIO: {
     message: '{what} is written to past the block layer, or is itself an image',
