@@ -61,8 +61,8 @@ const agentReady = 'stillblock-agent: ready';
 const kvmBootLimitMs = 8_000;
 /** An emulated boot takes 10 s alone on its core; other guests may share it. */
 const bootLimitMs = 180_000;
-const defaultRunLimitMs = 60_000;
-const shutdownLimitMs = 30_000;
+const defaultRunLimitMs = 120_000;
+const shutdownLimitMs = 60_000;
 
 /** A shell test that some disk has this serial number. */
 const hasSerial = (name: string): string => `grep -qsx ${shellQuote(name)} /sys/block/*/serial`;

@@ -16,7 +16,7 @@ const MiB = 1 << 20;
 const kernel = '6.1';
 const nbdPort = 10809;
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
-const cliLimitMs = 60_000;
+const cliLimitMs = 120_000;
 
 const failed = 1;
 const usage = 2;
@@ -82,7 +82,7 @@ test.before(async () => {
     modprobe -a nd_e820 nd_pmem; until [ -b /dev/pmem0 ]; do sleep 0.05; done
     modprobe null_blk nr_devices=1 zoned=1 gb=1 zone_size=64
     sync`,
-    { timeoutMs: 120_000 },
+    { timeoutMs: 240_000 },
   );
 });
 
