@@ -19,12 +19,12 @@ const nbdPort = 10809;
 const storeBytes = 256 * MiB;
 /** XFS refuses to be smaller than 300 MiB. */
 const disks = [
-  { name: 'ext4', sizeBytes: 128 * MiB },
-  { name: 'lvm', sizeBytes: 336 * MiB },
+  { name: 'ext4', sizeBytes: 96 * MiB },
+  { name: 'lvm', sizeBytes: 308 * MiB },
   { name: 'store', sizeBytes: 320 * MiB },
 ] as const;
 /** What lies in each file system before anything is snapped. */
-const initialMiB = 32;
+const initialMiB = 24;
 /** Changes are counted in the smallest unit that both file systems write. */
 const changeBytes = 4096;
 
