@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Other people's clients. One that is missing fails the test that needs it. */
 import { execFile } from 'node:child_process';
+import { accessSync, constants } from 'node:fs';
 import { open } from 'node:fs/promises';
+import { join } from 'node:path';
 import type { Extent } from '../../nbd/extents.ts';
+import { cacheFolder } from '../vm/checkout.ts';
 
 /** How long a client may take, milliseconds. None needs a tenth of it. */
 const CLIENT_MS = 60_000;
@@ -38,6 +41,21 @@ export async function run(command: string, args: readonly string[], cwd?: string
     throw new Error(`${command} ${args.join(' ')}: exit code ${code}\n${stderr}${stdout}`);
   }
   return stdout;
+}
+
+/**
+ * A client of the next Debian release, as scripts/clients.sh unpacked it.
+ *
+ * @throws Error if it is not there
+ */
+export function trixie(tool: string): string {
+  const path = join(cacheFolder, 'clients/trixie/bin', tool);
+  try {
+    accessSync(path, constants.X_OK);
+  } catch (cause) {
+    throw new Error(`${path} is missing: run scripts/clients.sh`, { cause });
+  }
+  return path;
 }
 
 /** Runs a Python script with libnbd. The URIs and paths that it needs are its arguments. */
