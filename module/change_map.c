@@ -4,6 +4,7 @@
  * the block was last written. A snapshot ends an epoch; what changed since a
  * checkpoint is every block whose number is above the checkpoint's.
  */
+#include <linux/slab.h>
 #include <linux/string.h>
 #include <linux/vmalloc.h>
 
@@ -12,32 +13,42 @@
 #include "change_map.h"
 
 /**
- * stb_change_map_init() - begin a history with a new generation
- * @map: map to fill
+ * stb_change_map_create() - begin a history with a new generation
  * @nr_sect: size of the device, sectors
  * @block_shift: log2 of the block size in bytes
  *
- * Return: 0 or -ENOMEM.
+ * Return: the map, or NULL without memory.
  */
-int stb_change_map_init(struct stb_change_map *map, sector_t nr_sect,
-			unsigned int block_shift)
+struct stb_change_map *stb_change_map_create(sector_t nr_sect,
+					     unsigned int block_shift)
 {
+	struct stb_change_map *map = kzalloc(sizeof(*map), GFP_KERNEL);
+
+	if (!map)
+		return NULL;
+	map->nr_sect = nr_sect;
 	map->nr_blocks = stb_nr_blocks(nr_sect, block_shift);
 	map->block_shift = block_shift;
 	map->number = 1;
 	uuid_gen(&map->generation);
 	map->numbers = vzalloc(map->nr_blocks);
-	return map->numbers ? 0 : -ENOMEM;
+	if (!map->numbers) {
+		kfree(map);
+		return NULL;
+	}
+	return map;
 }
 
 /**
  * stb_change_map_destroy() - free a map
- * @map: map; nobody may be marking it
+ * @map: map that nobody is marking, or NULL
  */
 void stb_change_map_destroy(struct stb_change_map *map)
 {
+	if (!map)
+		return;
 	vfree(map->numbers);
-	map->numbers = NULL;
+	kfree(map);
 }
 
 /**

@@ -12,6 +12,7 @@
  * struct stb_change_map - which blocks changed, and in which epoch
  * @numbers: one byte per block: the number in force at its last write, 0 for
  *	a block that was not written in this generation
+ * @nr_sect: size of the device that it describes, sectors
  * @nr_blocks: length of @numbers
  * @block_shift: log2 of a block's size in bytes
  * @number: the number that writes are marked with now, 1..255. Changed only
@@ -21,14 +22,15 @@
  */
 struct stb_change_map {
 	u8 *numbers;
+	sector_t nr_sect;
 	u64 nr_blocks;
 	unsigned int block_shift;
 	u8 number;
 	uuid_t generation;
 };
 
-int stb_change_map_init(struct stb_change_map *map, sector_t nr_sect,
-			unsigned int block_shift);
+struct stb_change_map *stb_change_map_create(sector_t nr_sect,
+					     unsigned int block_shift);
 void stb_change_map_destroy(struct stb_change_map *map);
 void stb_change_map_switch(struct stb_change_map *map, u8 *copy);
 

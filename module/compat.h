@@ -12,35 +12,84 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
+#include <linux/highmem.h>
 #include <linux/part_stat.h>
 #include <linux/version.h>
 
 #define STB_KERNEL(a, b)	(LINUX_VERSION_CODE >= KERNEL_VERSION(a, b, 0))
 
-#if !STB_KERNEL(6, 1)
-#error "Stillblock supports Linux 6.1 and newer"
+#if !STB_KERNEL(5, 10)
+#error "Stillblock supports Linux 5.10, 6.1 and newer"
+#endif
+#if STB_KERNEL(5, 11) && !STB_KERNEL(6, 1)
+#error "Stillblock does not support Linux 5.11 to 6.0; use 5.10 or 6.1"
 #endif
 #if STB_KERNEL(6, 5) && !STB_KERNEL(6, 9)
 #error "Stillblock does not support Linux 6.5 to 6.8; use 6.1 or 6.9 and newer"
 #endif
+#if !defined(CONFIG_X86_64) || !defined(CONFIG_DYNAMIC_FTRACE)
+#error "Stillblock needs x86-64 and dynamic function tracing"
+#endif
 
-/* A block device held open for reading. */
+/* 5.10 knows disks with partitions in them, later kernels devices alone. */
+#define STB_HAS_HD_STRUCT	(!STB_KERNEL(5, 11))
+
+#if !STB_KERNEL(6, 0)
+typedef unsigned int blk_opf_t;
+#endif
+#if !STB_KERNEL(5, 16)
+#define REQ_POLLED		REQ_HIPRI
+#endif
+#if !STB_KERNEL(5, 17)
+#define GENHD_FL_NO_PART	GENHD_FL_NO_PART_SCAN
+#endif
+
+/*
+ * Devices: opening, size and place on their disk.
+ */
+
+#if STB_KERNEL(6, 5)
+typedef blk_mode_t stb_mode_t;
+#define STB_OPEN_READ	BLK_OPEN_READ
+#define STB_OPEN_WRITE	BLK_OPEN_WRITE
+#else
+typedef fmode_t stb_mode_t;
+#define STB_OPEN_READ	FMODE_READ
+#define STB_OPEN_WRITE	FMODE_WRITE
+#endif
+
+/* A block device held open. */
 struct stb_bdev {
 	struct block_device *bdev;
 #if STB_KERNEL(6, 9)
 	struct file *file;
+#else
+	stb_mode_t mode;
 #endif
 };
 
-static inline int stb_bdev_open(dev_t dev, struct stb_bdev *b)
+/**
+ * stb_bdev_open() - open a block device
+ * @dev: its number
+ * @mode: STB_OPEN_*
+ * @holder: who claims it exclusively, or NULL
+ * @b: out
+ *
+ * Return: 0 or a negative errno; EBUSY when somebody else claims it.
+ */
+static inline int stb_bdev_open(dev_t dev, stb_mode_t mode, void *holder,
+				struct stb_bdev *b)
 {
 #if STB_KERNEL(6, 9)
-	b->file = bdev_file_open_by_dev(dev, BLK_OPEN_READ, NULL, NULL);
+	b->file = bdev_file_open_by_dev(dev, mode, holder, NULL);
 	if (IS_ERR(b->file))
 		return PTR_ERR(b->file);
 	b->bdev = file_bdev(b->file);
 #else
-	b->bdev = blkdev_get_by_dev(dev, FMODE_READ, NULL);
+	if (holder)
+		mode |= FMODE_EXCL;
+	b->mode = mode;
+	b->bdev = blkdev_get_by_dev(dev, mode, holder);
 	if (IS_ERR(b->bdev))
 		return PTR_ERR(b->bdev);
 #endif
@@ -52,9 +101,38 @@ static inline void stb_bdev_close(struct stb_bdev *b)
 #if STB_KERNEL(6, 9)
 	fput(b->file);
 #else
-	blkdev_put(b->bdev, FMODE_READ);
+	blkdev_put(b->bdev, b->mode);
 #endif
 	b->bdev = NULL;
+}
+
+/* Size of a device that is open, sectors. */
+static inline sector_t stb_bdev_nr_sect(struct block_device *bdev)
+{
+#if STB_HAS_HD_STRUCT
+	return i_size_read(bdev->bd_inode) >> SECTOR_SHIFT;
+#else
+	return bdev_nr_sectors(bdev);
+#endif
+}
+
+/* Absolute first sector on its disk of a device that is open. */
+static inline sector_t stb_bdev_start(struct block_device *bdev)
+{
+#if STB_HAS_HD_STRUCT
+	return get_start_sect(bdev);
+#else
+	return bdev->bd_start_sect;
+#endif
+}
+
+static inline bool stb_disk_live(struct gendisk *disk)
+{
+#if STB_HAS_HD_STRUCT
+	return disk->flags & GENHD_FL_UP;
+#else
+	return disk_live(disk);
+#endif
 }
 
 static inline struct file *stb_fd_file(struct fd f)
@@ -81,9 +159,129 @@ static inline bool stb_is_dax(struct gendisk *disk)
 	return blk_queue_dax(disk->queue);
 }
 
+/* Writes that the disk's driver has accounted and not completed. */
+static inline unsigned int stb_disk_inflight_writes(struct gendisk *disk)
+{
+	unsigned int nr = 0;
+	int cpu;
+#if STB_HAS_HD_STRUCT
+	struct disk_part_iter it;
+	struct hd_struct *part;
+
+	disk_part_iter_init(&it, disk, DISK_PITER_INCL_EMPTY_PART0);
+	while ((part = disk_part_iter_next(&it)))
+		for_each_possible_cpu(cpu)
+			nr += part_stat_local_read_cpu(part, in_flight[1], cpu);
+	disk_part_iter_exit(&it);
+#else
+	struct block_device *part;
+	unsigned long i;
+
+	rcu_read_lock();
+	xa_for_each(&disk->part_tbl, i, part)
+		for_each_possible_cpu(cpu)
+			nr += part_stat_local_read_cpu(part, in_flight[1], cpu);
+	rcu_read_unlock();
+#endif
+	return nr;
+}
+
+/*
+ * Bios.
+ */
+
+static __always_inline struct gendisk *stb_bio_disk(struct bio *bio)
+{
+#if STB_HAS_HD_STRUCT
+	return bio->bi_disk;
+#else
+	return bio->bi_bdev->bd_disk;
+#endif
+}
+
+/*
+ * First sector, on the whole disk, of a bio that has not been submitted. A bio
+ * carries sectors of its device until the block layer has remapped it.
+ *
+ * Context: RCU read-side section.
+ */
+static __always_inline sector_t stb_bio_sector(struct bio *bio)
+{
+#if STB_HAS_HD_STRUCT
+	sector_t sector = bio->bi_iter.bi_sector;
+	struct disk_part_tbl *table;
+	struct hd_struct *part;
+
+	if (!bio->bi_partno)
+		return sector;
+	table = rcu_dereference_raw(bio->bi_disk->part_tbl);
+	if (unlikely(bio->bi_partno >= table->len))
+		return sector;
+	part = rcu_dereference_raw(table->part[bio->bi_partno]);
+	return part ? sector + part->start_sect : sector;
+#else
+	if (bio_flagged(bio, BIO_REMAPPED))
+		return bio->bi_iter.bi_sector;
+	return bio->bi_iter.bi_sector + bio->bi_bdev->bd_start_sect;
+#endif
+}
+
+static inline void stb_bio_init(struct bio *bio, struct block_device *bdev,
+				struct bio_vec *table, unsigned short max,
+				blk_opf_t opf)
+{
+#if STB_KERNEL(5, 18)
+	bio_init(bio, bdev, table, max, opf);
+#else
+	bio_init(bio, table, max);
+	bio_set_dev(bio, bdev);
+	bio->bi_opf = opf;
+#endif
+}
+
+/* A clone for @bdev that shares the pages of @bio, or NULL. */
+static inline struct bio *stb_bio_clone(struct block_device *bdev,
+					struct bio *bio, gfp_t gfp,
+					struct bio_set *bs)
+{
+#if STB_KERNEL(5, 18)
+	return bio_alloc_clone(bdev, bio, gfp, bs);
+#else
+	struct bio *clone = bio_clone_fast(bio, gfp, bs);
+
+	if (clone)
+		bio_set_dev(clone, bdev);
+	return clone;
+#endif
+}
+
+/* Copy within two pages. */
+static inline void stb_copy_page(struct page *to, size_t to_off,
+				 struct page *from, size_t from_off, size_t len)
+{
+#if STB_KERNEL(5, 12)
+	memcpy_page(to, to_off, from, from_off, len);
+#else
+	char *target = kmap_atomic(to);
+	char *source = kmap_atomic(from);
+
+	memcpy(target + to_off, source + from_off, len);
+	kunmap_atomic(source);
+	kunmap_atomic(target);
+#endif
+}
+
+/*
+ * Freezing: of file systems, and of request queues.
+ */
+
 static inline int stb_freeze_super(struct super_block *sb)
 {
-#if STB_KERNEL(6, 6)
+#if STB_KERNEL(6, 15)
+	if (sb->s_op->freeze_super)
+		return sb->s_op->freeze_super(sb, FREEZE_HOLDER_KERNEL, NULL);
+	return freeze_super(sb, FREEZE_HOLDER_KERNEL, NULL);
+#elif STB_KERNEL(6, 6)
 	if (sb->s_op->freeze_super)
 		return sb->s_op->freeze_super(sb, FREEZE_HOLDER_KERNEL);
 	return freeze_super(sb, FREEZE_HOLDER_KERNEL);
@@ -96,7 +294,11 @@ static inline int stb_freeze_super(struct super_block *sb)
 
 static inline int stb_thaw_super(struct super_block *sb)
 {
-#if STB_KERNEL(6, 6)
+#if STB_KERNEL(6, 15)
+	if (sb->s_op->thaw_super)
+		return sb->s_op->thaw_super(sb, FREEZE_HOLDER_KERNEL, NULL);
+	return thaw_super(sb, FREEZE_HOLDER_KERNEL, NULL);
+#elif STB_KERNEL(6, 6)
 	if (sb->s_op->thaw_super)
 		return sb->s_op->thaw_super(sb, FREEZE_HOLDER_KERNEL);
 	return thaw_super(sb, FREEZE_HOLDER_KERNEL);
@@ -106,6 +308,25 @@ static inline int stb_thaw_super(struct super_block *sb)
 	return thaw_super(sb);
 #endif
 }
+
+/*
+ * Disks of our own.
+ */
+
+#if STB_KERNEL(5, 16)
+#define STB_SUBMIT_BIO_OP(name, submit)					\
+static void name(struct bio *bio)					\
+{									\
+	submit(bio);							\
+}
+#else
+#define STB_SUBMIT_BIO_OP(name, submit)					\
+static blk_qc_t name(struct bio *bio)					\
+{									\
+	submit(bio);							\
+	return BLK_QC_T_NONE;						\
+}
+#endif
 
 /**
  * stb_alloc_disk() - allocate a bio-based disk for an image
@@ -126,10 +347,22 @@ static inline struct gendisk *stb_alloc_disk(struct block_device *like)
 
 	return blk_alloc_disk(&lim, NUMA_NO_NODE);
 #else
-	struct gendisk *disk = blk_alloc_disk(NUMA_NO_NODE);
+	struct gendisk *disk;
 
+#if STB_KERNEL(5, 15)
+	disk = blk_alloc_disk(NUMA_NO_NODE);
 	if (!disk)
 		return ERR_PTR(-ENOMEM);
+#else
+	disk = alloc_disk(1);
+	if (!disk)
+		return ERR_PTR(-ENOMEM);
+	disk->queue = blk_alloc_queue(NUMA_NO_NODE);
+	if (!disk->queue) {
+		put_disk(disk);
+		return ERR_PTR(-ENOMEM);
+	}
+#endif
 	blk_queue_logical_block_size(disk->queue, bdev_logical_block_size(like));
 	blk_queue_physical_block_size(disk->queue,
 				      bdev_physical_block_size(like));
@@ -140,23 +373,75 @@ static inline struct gendisk *stb_alloc_disk(struct block_device *like)
 #endif
 }
 
-/* The bio that a call of submit_bio_noacct() carries. */
-static __always_inline struct bio *stb_ftrace_bio(struct ftrace_regs *fregs)
+static inline int stb_add_disk(struct gendisk *disk)
 {
-#if STB_KERNEL(6, 4)
-	return (struct bio *)ftrace_regs_get_argument(fregs, 0);
+#if STB_KERNEL(5, 16)
+	return add_disk(disk);
 #else
-	return (struct bio *)fregs->regs.di;
+	add_disk(disk);
+	return 0;
 #endif
 }
 
-static __always_inline void stb_ftrace_redirect(struct ftrace_regs *fregs,
-						void (*to)(struct bio *bio))
+/* Let go of a disk of ours; @added tells whether it was ever visible. */
+static inline void stb_put_disk(struct gendisk *disk, bool added)
+{
+#if !STB_KERNEL(5, 15)
+	struct request_queue *q = disk->queue;
+
+	/* A disk that was never added holds no reference to its queue. */
+	if (!added)
+		disk->queue = NULL;
+	blk_cleanup_queue(q);
+#endif
+	put_disk(disk);
+}
+
+/*
+ * The hook's registers.
+ */
+
+#if STB_KERNEL(5, 16)
+typedef void stb_submit_ret_t;
+#define STB_SUBMIT_RETURN
+#else
+typedef blk_qc_t stb_submit_ret_t;
+#define STB_SUBMIT_RETURN	return BLK_QC_T_NONE
+#endif
+
+#if STB_KERNEL(5, 11)
+typedef struct ftrace_regs stb_ftrace_regs_t;
+#define STB_FTRACE_FLAGS	(FTRACE_OPS_FL_IPMODIFY | FTRACE_OPS_FL_PERMANENT)
+#else
+typedef struct pt_regs stb_ftrace_regs_t;
+#define STB_FTRACE_FLAGS	(FTRACE_OPS_FL_IPMODIFY | FTRACE_OPS_FL_PERMANENT | \
+				 FTRACE_OPS_FL_SAVE_REGS | \
+				 FTRACE_OPS_FL_RECURSION_SAFE)
+#endif
+
+/* The bio that a call of submit_bio_noacct() carries. */
+static __always_inline struct bio *stb_ftrace_bio(stb_ftrace_regs_t *regs)
 {
 #if STB_KERNEL(6, 4)
-	ftrace_regs_set_instruction_pointer(fregs, (unsigned long)to);
+	return (struct bio *)ftrace_regs_get_argument(regs, 0);
+#elif STB_KERNEL(5, 11)
+	return (struct bio *)regs->regs.di;
 #else
-	ftrace_instruction_pointer_set(fregs, (unsigned long)to);
+	return (struct bio *)regs->di;
+#endif
+}
+
+/* Let the call return into @to, which has the same signature. */
+static __always_inline void
+stb_ftrace_redirect(stb_ftrace_regs_t *regs,
+		    stb_submit_ret_t (*to)(struct bio *bio))
+{
+#if STB_KERNEL(6, 4)
+	ftrace_regs_set_instruction_pointer(regs, (unsigned long)to);
+#elif STB_KERNEL(5, 11)
+	ftrace_instruction_pointer_set(regs, (unsigned long)to);
+#else
+	regs->ip = (unsigned long)to;
 #endif
 }
 

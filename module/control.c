@@ -47,6 +47,29 @@ void stb_assert_control(void)
 	lockdep_assert_held(&control_mutex);
 }
 
+/**
+ * stb_dev_of_fd() - the device that user space has open
+ * @fd: descriptor
+ * @dev: out: its number
+ *
+ * Return: 0, -EBADF or -ENOTBLK.
+ */
+int stb_dev_of_fd(int fd, dev_t *dev)
+{
+	struct fd f = fdget(fd);
+	struct file *file = stb_fd_file(f);
+	int ret = 0;
+
+	if (!file)
+		return -EBADF;
+	if (S_ISBLK(file_inode(file)->i_mode))
+		*dev = file_inode(file)->i_rdev;
+	else
+		ret = -ENOTBLK;
+	fdput(f);
+	return ret;
+}
+
 static long control_info(void __user *to)
 {
 	struct stillblock_info info = {
@@ -83,6 +106,20 @@ static long control_detach(void __user *arg)
 	args.reason = STILLBLOCK_REASON_NONE;
 	stb_control_lock();
 	ret = stb_tracker_detach(&args);
+	stb_control_unlock();
+	return copy_to_user(arg, &args, sizeof(args)) ? -EFAULT : ret;
+}
+
+static long control_mark(void __user *arg)
+{
+	struct stillblock_mark args;
+	long ret;
+
+	if (copy_from_user(&args, arg, sizeof(args)))
+		return -EFAULT;
+	args.reason = STILLBLOCK_REASON_NONE;
+	stb_control_lock();
+	ret = stb_tracker_mark(&args);
 	stb_control_unlock();
 	return copy_to_user(arg, &args, sizeof(args)) ? -EFAULT : ret;
 }
@@ -153,6 +190,8 @@ static long control_ioctl(struct file *file, unsigned int cmd,
 		return control_list(p);
 	case STILLBLOCK_IOC_TAKE:
 		return control_take(p);
+	case STILLBLOCK_IOC_MARK:
+		return control_mark(p);
 	default:
 		return -ENOTTY;
 	}

@@ -18,8 +18,10 @@
 #include <linux/mm.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
+#include <linux/sort.h>
 #include <linux/vmalloc.h>
 
+#include "compat.h"
 #include "cow.h"
 #include "hook.h"
 #include "image.h"
@@ -46,7 +48,7 @@ static void job_submit(struct stb_job *job, struct block_device *bdev,
 {
 	unsigned int page = first_page;
 
-	bio_init(&job->bio, bdev, job->bvecs, STB_JOB_PAGES, opf);
+	stb_bio_init(&job->bio, bdev, job->bvecs, STB_JOB_PAGES, opf);
 	job->bio.bi_iter.bi_sector = sector;
 	job->bio.bi_end_io = job_end_io;
 	job->bio.bi_private = job;
@@ -58,7 +60,7 @@ static void job_submit(struct stb_job *job, struct block_device *bdev,
 	}
 	stb_snapshot_get(job->cow->snapshot);
 	if (op_is_write(opf))
-		stb_hook_resume(&job->bio, NULL);
+		stb_hook_submit_store(&job->bio, job->cow->snapshot);
 	else
 		stb_hook_submit(&job->bio);
 }
@@ -98,7 +100,8 @@ static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
 	u64 sectors;
 
 	nr = min_t(u64, nr, STB_JOB_CHUNKS);
-	nr = find_next_bit(cow->open, chunk + nr, chunk) - chunk;
+	/* Not into chunks that are safe, nor into the store itself. */
+	nr = find_next_bit(cow->copied, chunk + nr, chunk) - chunk;
 	list_for_each_entry(other, &cow->active, node)
 		if (other->first > chunk)
 			nr = min(nr, other->first - chunk);
@@ -116,8 +119,8 @@ static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
 	list_move_tail(&job->node, &cow->active);
 	spin_unlock_irq(&cow->lock);
 
-	sectors = min_t(u64, nr * STB_CHUNK_SECT, t->nr_sect - sector);
-	trace_stillblock_copy(t->id, sector, sectors);
+	sectors = min_t(u64, nr * STB_CHUNK_SECT, cow->nr_sect - sector);
+	trace_stillblock_preserve(t->id, sector, sectors);
 	job_submit(job, t->dev.bdev, REQ_OP_READ, sector, 0,
 		   sectors << SECTOR_SHIFT);
 	return nr;
@@ -217,7 +220,9 @@ static void job_step(struct stb_cow *cow, struct stb_job *job)
 	}
 	if (job->state == STB_JOB_READING) {
 		if (status) {
-			job_fail(cow, job, STILLBLOCK_REASON_ORIGIN_ERROR);
+			job_fail(cow, job, stb_disk_live(cow->tracker->disk) ?
+				 STILLBLOCK_REASON_ORIGIN_ERROR :
+				 STILLBLOCK_REASON_GONE);
 			return;
 		}
 		spin_lock_irq(&cow->lock);
@@ -256,6 +261,25 @@ static void cow_collect(struct stb_cow *cow)
 	}
 }
 
+/* The area that a chunk lies in, or NULL. */
+static struct stb_area *cow_area(struct stb_cow *cow, u64 chunk)
+{
+	u32 low = 0, high = cow->nr_areas;
+
+	while (low < high) {
+		u32 middle = low + (high - low) / 2;
+		struct stb_area *area = &cow->areas[middle];
+
+		if (chunk < area->first)
+			high = middle;
+		else if (chunk >= area->end)
+			low = middle + 1;
+		else
+			return area;
+	}
+	return NULL;
+}
+
 /*
  * Are all chunks of the range open? Begin to copy those that nobody copies, as
  * far as jobs are free.
@@ -273,6 +297,12 @@ static bool cow_prepare(struct stb_cow *cow, struct stb_range r)
 		if (chunk > last)
 			return ready;
 		ready = false;
+		if (cow_area(cow, chunk)) {
+			/* Whoever writes there writes over old data of others. */
+			stb_snapshot_fail(cow->snapshot,
+					  STILLBLOCK_REASON_FOREIGN_WRITE);
+			return false;
+		}
 		job = job_covering(cow, chunk);
 		if (job)
 			chunk = job->first + job->nr;
@@ -296,6 +326,17 @@ static void cow_take_held(struct stb_cow *cow)
 	raw_spin_unlock_irq(&t->lock);
 }
 
+static bool cow_range(struct stb_cow *cow, struct bio *bio,
+		      struct stb_range *r)
+{
+	bool touches;
+
+	rcu_read_lock();
+	touches = stb_tracker_range(cow->tracker, cow->nr_sect, bio, r);
+	rcu_read_unlock();
+	return touches;
+}
+
 static void cow_serve_waiting(struct stb_cow *cow)
 {
 	struct bio_list waiting = cow->waiting;
@@ -308,10 +349,9 @@ static void cow_serve_waiting(struct stb_cow *cow)
 			stb_tracker_release(cow->tracker, bio);
 		} else if (bio_op(bio) == REQ_OP_DISCARD) {
 			/* Advisory: nothing is written, nothing has changed. */
-			stb_hook_released(1);
+			stb_hook_released(bio);
 			bio_endio(bio);
-		} else if (!stb_tracker_range(cow->tracker, bio, &r) ||
-			   cow_prepare(cow, r)) {
+		} else if (!cow_range(cow, bio, &r) || cow_prepare(cow, r)) {
 			stb_tracker_release(cow->tracker, bio);
 		} else {
 			bio_list_add(&cow->waiting, bio);
@@ -327,6 +367,8 @@ static void cow_work(struct work_struct *work)
 	LIST_HEAD(reads);
 
 	blk_start_plug(&plug);
+	if (READ_ONCE(cow->overloaded))
+		stb_snapshot_fail(cow->snapshot, STILLBLOCK_REASON_OVERLOADED);
 	cow_take_held(cow);
 	cow_collect(cow);
 	cow_serve_waiting(cow);
@@ -383,7 +425,7 @@ void stb_cow_detach(struct stb_cow *cow)
 }
 
 /**
- * stb_cow_overdue() - is there a chunk that should have been safe long ago?
+ * stb_cow_overdue() - is the origin gone, or a chunk not safe that should be?
  * @cow: cow
  *
  * Return: enum stillblock_reason.
@@ -393,6 +435,8 @@ u32 stb_cow_overdue(struct stb_cow *cow)
 	u32 reason = STILLBLOCK_REASON_NONE;
 	struct stb_job *job;
 
+	if (!stb_disk_live(cow->tracker->disk))
+		return STILLBLOCK_REASON_GONE;
 	spin_lock_irq(&cow->lock);
 	list_for_each_entry(job, &cow->active, node) {
 		if (!time_after(jiffies, job->since + STB_JOB_TIMEOUT))
@@ -436,7 +480,11 @@ enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
 	end = chunk + 1;
 	entry = xa_load(&cow->slots, chunk);
 	if (!entry) {
-		place = STB_PLACE_IN_TRANSIT;
+		struct stb_area *area = cow_area(cow, chunk);
+
+		place = area ? STB_PLACE_ZERO : STB_PLACE_IN_TRANSIT;
+		if (area)
+			end = min(last + 1, area->end);
 		goto unlock;
 	}
 	place = STB_PLACE_ERROR;
@@ -489,6 +537,77 @@ bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r)
 	       last;
 }
 
+/**
+ * stb_cow_add_area() - a part of the origin is going to be store
+ * @cow: cow that is not attached yet
+ * @first: first chunk
+ * @end: behind the last chunk
+ *
+ * Return: 0 or -ENOMEM.
+ */
+int stb_cow_add_area(struct stb_cow *cow, u64 first, u64 end)
+{
+	if (cow->nr_areas == cow->max_areas) {
+		u32 max = max(2 * cow->max_areas, 16u);
+		struct stb_area *longer = kvmalloc_array(max, sizeof(*longer),
+							 GFP_KERNEL);
+
+		if (!longer)
+			return -ENOMEM;
+		if (cow->nr_areas)
+			memcpy(longer, cow->areas,
+			       cow->nr_areas * sizeof(*longer));
+		kvfree(cow->areas);
+		cow->areas = longer;
+		cow->max_areas = max;
+	}
+	cow->areas[cow->nr_areas++] = (struct stb_area){ first, end };
+	bitmap_set(cow->copied, first, end - first);
+	return 0;
+}
+
+static int area_compare(const void *a, const void *b)
+{
+	const struct stb_area *left = a, *right = b;
+
+	return left->first < right->first ? -1 : left->first > right->first;
+}
+
+/**
+ * stb_cow_sort_areas() - all areas are there
+ * @cow: cow that is not attached yet
+ */
+void stb_cow_sort_areas(struct stb_cow *cow)
+{
+	sort(cow->areas, cow->nr_areas, sizeof(*cow->areas), area_compare, NULL);
+}
+
+/**
+ * stb_cow_is_own_store() - is a range nothing but store of this snapshot?
+ * @cow: cow of an origin
+ * @r: sectors of a write into a store
+ * @own: snapshot whose store it is
+ *
+ * Context: RCU read-side section.
+ */
+bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
+			  const struct stb_snapshot *own)
+{
+	u64 chunk = stb_chunk_of(r.first);
+	u64 last = stb_last_chunk(r);
+
+	if (cow->snapshot != own)
+		return false;
+	while (chunk <= last) {
+		struct stb_area *area = cow_area(cow, chunk);
+
+		if (!area)
+			return false;
+		chunk = area->end;
+	}
+	return true;
+}
+
 static int cow_alloc_jobs(struct stb_cow *cow)
 {
 	unsigned int i, page;
@@ -528,7 +647,8 @@ int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
 	kref_get(&t->ref);
 	cow->snapshot = snapshot;
 	cow->tracker = t;
-	cow->nr_chunks = stb_nr_chunks(t->nr_sect);
+	cow->nr_sect = stb_tracker_map(t)->nr_sect;
+	cow->nr_chunks = stb_nr_chunks(cow->nr_sect);
 	xa_init(&cow->slots);
 	spin_lock_init(&cow->lock);
 	INIT_LIST_HEAD(&cow->readers);
@@ -563,6 +683,7 @@ void stb_cow_destroy(struct stb_cow *cow)
 	kvfree(cow->jobs);
 	vfree(cow->copied);
 	vfree(cow->open);
+	kvfree(cow->areas);
 	xa_destroy(&cow->slots);
 	stb_tracker_put(cow->tracker);
 }

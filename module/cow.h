@@ -85,16 +85,28 @@ struct stb_reader {
 	u64 last;
 };
 
+/* A half-open range of chunks of an origin that holds store. */
+struct stb_area {
+	u64 first;
+	u64 end;
+};
+
 /**
  * struct stb_cow - copy-on-write of one origin for one snapshot
  * @snapshot: owner
  * @tracker: origin
+ * @nr_sect: size of the origin at the instant, sectors
  * @nr_chunks: chunks of the origin
  * @copied: bit per chunk: image reads no longer go to the origin. Changed
  *	under @lock
  * @open: bit per chunk: writes may pass. Set after @copied, once all image
  *	reads that began before it have ended. Read without a lock by the hook
  * @slots: chunk -> slot of the store, for chunks that are stored
+ * @areas: chunks of the origin that are the store itself, sorted, disjoint;
+ *	fixed before the instant. They are copied, never open, and in no slot
+ * @nr_areas: length of @areas
+ * @max_areas: room in @areas
+ * @overloaded: too many writes wait; set by the hook
  * @lock: protects @readers, @deferred, @active, changes of the bitmaps and
  *	job->done
  * @readers: image reads in flight to the origin
@@ -109,10 +121,15 @@ struct stb_reader {
 struct stb_cow {
 	struct stb_snapshot *snapshot;
 	struct stb_tracker *tracker;
+	sector_t nr_sect;
 	u64 nr_chunks;
 	unsigned long *copied;
 	unsigned long *open;
 	struct xarray slots;
+	struct stb_area *areas;
+	u32 nr_areas;
+	u32 max_areas;
+	bool overloaded;
 	spinlock_t lock;
 	struct list_head readers;
 	struct list_head deferred;
@@ -128,6 +145,7 @@ struct stb_cow {
 enum stb_place {
 	STB_PLACE_ORIGIN,	/* the reader has been registered */
 	STB_PLACE_STORE,
+	STB_PLACE_ZERO,		/* the store was here at the instant */
 	STB_PLACE_IN_TRANSIT,	/* on its way to the store: wait */
 	STB_PLACE_ERROR,
 };
@@ -135,6 +153,10 @@ enum stb_place {
 int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
 		 struct stb_tracker *t);
 void stb_cow_destroy(struct stb_cow *cow);
+int stb_cow_add_area(struct stb_cow *cow, u64 first, u64 end);
+void stb_cow_sort_areas(struct stb_cow *cow);
+bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
+			  const struct stb_snapshot *own);
 void stb_cow_attach(struct stb_cow *cow);
 void stb_cow_detach(struct stb_cow *cow);
 void stb_cow_kick(struct stb_cow *cow);
@@ -144,6 +166,17 @@ enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
 			    struct stb_reader *reader, struct stb_slots *slots);
 void stb_cow_reader_done(struct stb_cow *cow, struct stb_reader *reader);
 bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r);
+
+/**
+ * stb_cow_overload() - more waits than the server can bear
+ * @cow: cow
+ *
+ * Called from the ftrace callback, which calls for the worker afterwards.
+ */
+static inline void stb_cow_overload(struct stb_cow *cow)
+{
+	WRITE_ONCE(cow->overloaded, true);
+}
 
 static inline struct work_struct *stb_cow_work(struct stb_cow *cow)
 {

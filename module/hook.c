@@ -37,20 +37,39 @@
 #define STB_HOOK_HASH_BITS	6
 
 /*
- * Writes that may wait at once before their submitters are slowed down. A held
- * write costs no memory of ours, but its pages cannot be reclaimed.
+ * Writes that may wait at once, in number and in data, before their submitters
+ * are slowed down. A held write costs no memory of ours, but its pages cannot
+ * be reclaimed.
  */
-#define STB_HELD_LIMIT		4096
+#define STB_HELD_WRITES		4096
+#define STB_HELD_SECTORS	((64u << 20) >> SECTOR_SHIFT)
+/*
+ * Not everybody can be slowed down. A snapshot for which this many times as
+ * much waits has become a danger to the server and fails.
+ */
+#define STB_HELD_TOO_MANY	16
 /* How long one submitter is made to wait for room. It then goes on in any case. */
 #define STB_PRESSURE_WAIT	(HZ / 2)
+/* Tasks remembered for being slowed down later; a power of two. */
+#define STB_SLOW_TASKS_BITS	5
 
 /* Trackers by disk. Read under RCU, changed under hook_mutex. */
 static struct hlist_head hook_table[1 << STB_HOOK_HASH_BITS];
 static DEFINE_MUTEX(hook_mutex);
 static unsigned int nr_hooked;
 
-static atomic_t nr_held = ATOMIC_INIT(0);
+/* What is held now, of all trackers. */
+static atomic_t held_writes = ATOMIC_INIT(0);
+static atomic64_t held_sectors = ATOMIC64_INIT(0);
 static DECLARE_WAIT_QUEUE_HEAD(pressure_wait);
+
+/*
+ * Tasks whose write was held beyond the limits where they could not wait, under
+ * another submit. They wait at their next write that enters the block layer
+ * from above. A hint: two tasks may share a place, and then one gets away.
+ */
+static struct task_struct *slow_tasks[1 << STB_SLOW_TASKS_BITS];
+static bool have_slow_tasks;
 
 enum stb_verdict {
 	STB_VERDICT_PASS,
@@ -62,6 +81,25 @@ static __always_inline struct hlist_head *hook_bucket(struct gendisk *disk)
 	return &hook_table[hash_ptr(disk, STB_HOOK_HASH_BITS)];
 }
 
+/* Sectors of data that a write keeps in memory while it waits. */
+static __always_inline unsigned int hook_weight(struct bio *bio)
+{
+	return bio_has_data(bio) ? bio_sectors(bio) : 0;
+}
+
+/* Is @times as much held as should be? */
+static __always_inline bool hook_pressed(unsigned int times)
+{
+	return atomic_read(&held_writes) >= times * STB_HELD_WRITES ||
+	       atomic64_read(&held_sectors) >=
+	       (s64)times * STB_HELD_SECTORS;
+}
+
+static __always_inline struct task_struct **hook_slow_task(void)
+{
+	return &slow_tasks[hash_ptr(current, STB_SLOW_TASKS_BITS)];
+}
+
 /*
  * Hold the bio if the tracker's mode asks for it. The mode is read once
  * without the lock, for the common case, and decides under it. Discards are
@@ -69,7 +107,8 @@ static __always_inline struct hlist_head *hook_bucket(struct gendisk *disk)
  * preserves everything at no cost.
  */
 static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
-				      struct stb_range r)
+				      struct stb_range r,
+				      const struct stb_snapshot *own)
 {
 	struct work_struct *work = &t->work;
 	struct stb_cow *cow;
@@ -84,6 +123,8 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 		cow = rcu_dereference_raw(t->cow);
 		if (cow && stb_cow_is_open(cow, r))
 			return false;
+		if (own && cow && stb_cow_is_own_store(cow, r, own))
+			return false;
 	}
 
 	raw_spin_lock_irqsave(&t->lock, flags);
@@ -96,12 +137,15 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 		cow = rcu_dereference_protected(t->cow,
 						lockdep_is_held(&t->lock));
 		work = stb_cow_work(cow);
+		if (unlikely(hook_pressed(STB_HELD_TOO_MANY)))
+			stb_cow_overload(cow);
 	}
 	bio_list_add(&t->held, bio);
 	raw_spin_unlock_irqrestore(&t->lock, flags);
 
 	atomic64_inc(&t->nr_held_writes);
-	atomic_inc(&nr_held);
+	atomic_inc(&held_writes);
+	atomic64_add(hook_weight(bio), &held_sectors);
 	trace_stillblock_hold(t->id, r.first, r.end - r.first, mode);
 	if (mode != STB_GATE)
 		queue_work(stb_wq, work);
@@ -110,48 +154,83 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 
 /*
  * Pass a write through the trackers of its disk, those with an id above @after.
- * The caller is in an RCU read-side section and does not sleep.
+ * @own is the snapshot into whose store it goes, if it does. The caller is in
+ * an RCU read-side section and does not sleep.
  */
-static __always_inline enum stb_verdict hook_filter(struct bio *bio, u64 after)
+static __always_inline enum stb_verdict
+hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
 {
-	struct gendisk *disk = bio->bi_bdev->bd_disk;
+	struct gendisk *disk = stb_bio_disk(bio);
+	struct stb_change_map *map;
 	struct stb_tracker *t;
 	struct stb_range r;
 
 	hlist_for_each_entry_rcu_notrace(t, hook_bucket(disk), node) {
 		if (t->disk != disk || t->id <= after)
 			continue;
-		if (!stb_tracker_range(t, bio, &r))
+		map = rcu_dereference_raw(t->map);
+		if (!stb_tracker_range(t, map->nr_sect, bio, &r))
 			continue;
 		this_cpu_inc(*t->nr_writes);
-		if (hook_hold(t, bio, r))
+		if (hook_hold(t, bio, r, own))
 			return STB_VERDICT_HELD;
 		/*
 		 * A write that was held is marked when it is released: the flip
 		 * may lie between, and then it belongs to the next epoch.
 		 */
-		stb_change_map_mark(&t->map, r);
+		stb_change_map_mark(map, r);
 	}
 	return STB_VERDICT_PASS;
 }
 
-/* Run in the place of submit_bio_noacct() for a bio that we keep. */
-static noinline notrace void hook_taken(struct bio *bio)
+/* Pass a bio on through the trackers with an id above @after. */
+static void hook_pass(struct bio *bio, u64 after,
+		      const struct stb_snapshot *own)
 {
+	enum stb_verdict verdict;
+
+	rcu_read_lock();
+	verdict = hook_filter(bio, after, own);
+	rcu_read_unlock();
+	if (verdict == STB_VERDICT_PASS)
+		stb_hook_submit(bio);
+}
+
+/* Run in the place of submit_bio_noacct() for a bio that we keep. */
+static noinline notrace stb_submit_ret_t hook_taken(struct bio *bio)
+{
+	STB_SUBMIT_RETURN;
 }
 
 /*
- * The same, and slow the submitter down. It may sleep, so it counts itself for
- * stb_hook_quiesce(). The bio may be gone: it is not touched.
+ * Submitters inside of the two functions below. These may sleep, so they count
+ * themselves for stb_hook_quiesce().
  */
 static atomic_t nr_slowed = ATOMIC_INIT(0);
 
-static noinline notrace void hook_taken_slowly(struct bio *bio)
+static void hook_wait_for_room(void)
 {
-	wait_event_timeout(pressure_wait,
-			   atomic_read(&nr_held) < STB_HELD_LIMIT,
-			   STB_PRESSURE_WAIT);
+	wait_event_timeout(pressure_wait, !hook_pressed(1), STB_PRESSURE_WAIT);
+}
+
+/* Like hook_taken(), and slow the submitter down. The bio may be gone. */
+static noinline notrace stb_submit_ret_t hook_taken_slowly(struct bio *bio)
+{
+	hook_wait_for_room();
 	atomic_dec(&nr_slowed);
+	STB_SUBMIT_RETURN;
+}
+
+/*
+ * Run in the place of submit_bio_noacct() for a bio that no tracker has seen
+ * yet, by a task that is due to wait.
+ */
+static noinline notrace stb_submit_ret_t hook_slow(struct bio *bio)
+{
+	hook_wait_for_room();
+	hook_pass(bio, 0, NULL);
+	atomic_dec(&nr_slowed);
+	STB_SUBMIT_RETURN;
 }
 
 /* May the current submitter be made to wait? Never under another submit. */
@@ -161,13 +240,23 @@ static __always_inline bool hook_may_sleep(blk_opf_t opf)
 	       !(current->flags & PF_MEMALLOC);
 }
 
+/* Is the current task to be slowed down for what it submitted before? */
+static __always_inline bool hook_is_due(blk_opf_t opf)
+{
+	struct task_struct **slow = hook_slow_task();
+
+	if (READ_ONCE(*slow) != current || !hook_may_sleep(opf))
+		return false;
+	WRITE_ONCE(*slow, NULL);
+	return true;
+}
+
 static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
 				  struct ftrace_ops *ops,
-				  struct ftrace_regs *fregs)
+				  stb_ftrace_regs_t *regs)
 {
-	struct bio *bio = stb_ftrace_bio(fregs);
+	struct bio *bio = stb_ftrace_bio(regs);
 	blk_opf_t opf = bio->bi_opf;
-	enum stb_verdict verdict;
 
 	if (!op_is_write(opf & REQ_OP_MASK) || !bio_sectors(bio))
 		return;
@@ -176,14 +265,19 @@ static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
 		return;
 
 	preempt_disable_notrace();
-	verdict = hook_filter(bio, 0);
-	if (verdict == STB_VERDICT_HELD) {
-		if (unlikely(atomic_read(&nr_held) >= STB_HELD_LIMIT) &&
-		    hook_may_sleep(opf)) {
+	if (unlikely(READ_ONCE(have_slow_tasks)) && hook_is_due(opf)) {
+		atomic_inc(&nr_slowed);
+		stb_ftrace_redirect(regs, hook_slow);
+	} else if (hook_filter(bio, 0, NULL) == STB_VERDICT_HELD) {
+		if (likely(!hook_pressed(1))) {
+			stb_ftrace_redirect(regs, hook_taken);
+		} else if (hook_may_sleep(opf)) {
 			atomic_inc(&nr_slowed);
-			stb_ftrace_redirect(fregs, hook_taken_slowly);
+			stb_ftrace_redirect(regs, hook_taken_slowly);
 		} else {
-			stb_ftrace_redirect(fregs, hook_taken);
+			WRITE_ONCE(*hook_slow_task(), current);
+			WRITE_ONCE(have_slow_tasks, true);
+			stb_ftrace_redirect(regs, hook_taken);
 		}
 	}
 	preempt_enable_notrace();
@@ -195,8 +289,18 @@ static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
  */
 static struct ftrace_ops hook_ops = {
 	.func = hook_callback,
-	.flags = FTRACE_OPS_FL_IPMODIFY | FTRACE_OPS_FL_PERMANENT,
+	.flags = STB_FTRACE_FLAGS,
 };
+
+/*
+ * Free what ftrace_set_filter() has allocated. ftrace_free_filter() will not do:
+ * 5.10 does not export it, and elsewhere it leaves the pointers behind, which
+ * the next registration would use.
+ */
+static void hook_free_filter(void)
+{
+	ftrace_set_filter(&hook_ops, NULL, 0, 1);
+}
 
 static int hook_register(u32 *reason)
 {
@@ -210,10 +314,34 @@ static int hook_register(u32 *reason)
 		*reason = ret == -EBUSY ? STILLBLOCK_REASON_HOOK_BUSY :
 					  STILLBLOCK_REASON_HOOK_UNAVAILABLE;
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
-		       ret == -EBUSY ? "another filter driver holds it" :
-				       "function tracing is not available");
-		ftrace_free_filter(&hook_ops);
+		       ret == -EBUSY ? "another filter driver or a live patch holds it; unload that first" :
+				       "function tracing is not available; this kernel lacks it, or it was switched off by kernel.ftrace_enabled=0");
+		hook_free_filter();
 	}
+	return ret;
+}
+
+static void hook_unregister(void)
+{
+	unregister_ftrace_function(&hook_ops);
+	hook_free_filter();
+}
+
+/**
+ * stb_hook_try() - can the hook be had at all?
+ *
+ * For the load of the module, which is the time to tell: it is registered and
+ * unregistered.
+ *
+ * Return: 0 or a negative errno; the kernel's log has the reason in words.
+ */
+int stb_hook_try(void)
+{
+	u32 reason;
+	int ret = hook_register(&reason);
+
+	if (!ret)
+		hook_unregister();
 	return ret;
 }
 
@@ -254,10 +382,8 @@ void stb_hook_remove(struct stb_tracker *t)
 	mutex_lock(&hook_mutex);
 	hlist_del_rcu(&t->node);
 	synchronize_rcu();
-	if (!--nr_hooked) {
-		unregister_ftrace_function(&hook_ops);
-		ftrace_free_filter(&hook_ops);
-	}
+	if (!--nr_hooked)
+		hook_unregister();
 	mutex_unlock(&hook_mutex);
 }
 
@@ -278,8 +404,7 @@ noinline void stb_hook_submit(struct bio *bio)
 /**
  * stb_hook_resume() - let a write go through the trackers that are left
  * @bio: write; on no list
- * @after: tracker that held it and has done with it, or NULL for a write of
- *	our own, to a store, that may lie on a device tracked for others
+ * @after: tracker that held it and has done with it
  *
  * The trackers behind @after may hold it. Whoever held it preserved or
  * counted it, so it can wait: NOWAIT is cleared, since the submitter was told
@@ -287,24 +412,36 @@ noinline void stb_hook_submit(struct bio *bio)
  */
 void stb_hook_resume(struct bio *bio, const struct stb_tracker *after)
 {
-	enum stb_verdict verdict;
-
 	bio->bi_opf &= ~(REQ_NOWAIT | REQ_POLLED);
-	rcu_read_lock();
-	verdict = hook_filter(bio, after ? after->id : 0);
-	rcu_read_unlock();
-	if (verdict == STB_VERDICT_PASS)
-		stb_hook_submit(bio);
+	hook_pass(bio, after->id, NULL);
 }
 
 /**
- * stb_hook_released() - tell that held writes have gone
- * @nr: how many left a tracker's list
+ * stb_hook_submit_store() - submit a write into a store
+ * @bio: write
+ * @own: snapshot whose store it is
+ *
+ * The store may lie on a device that is tracked, too: all its trackers see the
+ * write, but an origin of @own whose image has the store excluded lets it pass.
  */
-void stb_hook_released(unsigned int nr)
+void stb_hook_submit_store(struct bio *bio, const struct stb_snapshot *own)
 {
-	if (atomic_sub_return(nr, &nr_held) < STB_HELD_LIMIT &&
-	    wq_has_sleeper(&pressure_wait))
+	hook_pass(bio, 0, own);
+}
+
+/**
+ * stb_hook_released() - tell that a held write goes
+ * @bio: write that left a tracker's list; not submitted yet
+ */
+void stb_hook_released(struct bio *bio)
+{
+	atomic_dec(&held_writes);
+	atomic64_sub(hook_weight(bio), &held_sectors);
+	if (hook_pressed(1))
+		return;
+	if (READ_ONCE(have_slow_tasks))
+		WRITE_ONCE(have_slow_tasks, false);
+	if (wq_has_sleeper(&pressure_wait))
 		wake_up_all(&pressure_wait);
 }
 

@@ -106,8 +106,8 @@ static void run_copy(struct bio *bio, struct stb_slots *slots,
 			size_t len = min_t(size_t, bv.bv_len - done,
 					   PAGE_SIZE - off);
 
-			memcpy_page(bv.bv_page, bv.bv_offset + done, page, off,
-				    len);
+			stb_copy_page(bv.bv_page, bv.bv_offset + done, page,
+				      off, len);
 			done += len;
 			from += len;
 		}
@@ -143,6 +143,7 @@ static void read_start(struct stb_image_read *read, bool worker)
 		};
 		struct block_device *origin = cow->tracker->dev.bdev;
 		struct stb_image_run *run;
+		enum stb_place place;
 		struct stb_slots slots;
 		struct bio *clone;
 
@@ -150,9 +151,9 @@ static void read_start(struct stb_image_read *read, bool worker)
 			read->status = BLK_STS_IOERR;
 			break;
 		}
-		clone = bio_alloc_clone(origin, read->bio,
-					worker ? GFP_NOIO : GFP_NOWAIT,
-					&run_bios);
+		clone = stb_bio_clone(origin, read->bio,
+				      worker ? GFP_NOIO : GFP_NOWAIT,
+				      &run_bios);
 		if (!clone) {
 			read_defer(read, true);
 			return;
@@ -161,7 +162,8 @@ static void read_start(struct stb_image_read *read, bool worker)
 		run->read = read;
 		run->origin = false;
 
-		switch (stb_cow_find(cow, &r, &run->reader, &slots)) {
+		place = stb_cow_find(cow, &r, &run->reader, &slots);
+		switch (place) {
 		case STB_PLACE_IN_TRANSIT:
 			bio_put(clone);
 			read_defer(read, !worker);
@@ -173,6 +175,9 @@ static void read_start(struct stb_image_read *read, bool worker)
 			return;
 		case STB_PLACE_ORIGIN:
 			run->origin = true;
+			clone->bi_iter = read->iter;
+			break;
+		case STB_PLACE_ZERO:
 			clone->bi_iter = read->iter;
 			break;
 		case STB_PLACE_STORE:
@@ -187,7 +192,12 @@ static void read_start(struct stb_image_read *read, bool worker)
 		clone->bi_iter.bi_size = (r.end - r.first) << SECTOR_SHIFT;
 		bio_advance_iter(read->bio, &read->iter,
 				 clone->bi_iter.bi_size);
-		if (!run->origin && !slots.bdev) {
+		if (place == STB_PLACE_ZERO) {
+			zero_fill_bio(clone);
+			bio_put(clone);
+			continue;
+		}
+		if (place == STB_PLACE_STORE && !slots.bdev) {
 			run_copy(clone, &slots, r.first % STB_CHUNK_SECT);
 			bio_put(clone);
 			continue;
@@ -218,7 +228,7 @@ void stb_image_retry(struct stb_cow *cow, struct list_head *reads)
 
 static void image_submit_bio(struct bio *bio)
 {
-	struct stb_image *image = bio->bi_bdev->bd_disk->private_data;
+	struct stb_image *image = stb_bio_disk(bio)->private_data;
 	struct stb_cow *cow = &image->cow;
 	struct stb_image_read *read;
 	struct stb_range r = {
@@ -252,9 +262,11 @@ static void image_submit_bio(struct bio *bio)
 		read_defer(read, true);
 }
 
+STB_SUBMIT_BIO_OP(image_op_submit_bio, image_submit_bio)
+
 static const struct block_device_operations image_ops = {
 	.owner = THIS_MODULE,
-	.submit_bio = image_submit_bio,
+	.submit_bio = image_op_submit_bio,
 };
 
 /**
@@ -278,6 +290,7 @@ bool stb_is_image(struct gendisk *disk)
 int stb_image_init(struct stb_image *image, struct stb_snapshot *snapshot,
 		   struct stb_tracker *t)
 {
+	struct stb_change_map *map = stb_tracker_map(t);
 	struct gendisk *disk;
 	int ret;
 
@@ -286,8 +299,8 @@ int stb_image_init(struct stb_image *image, struct stb_snapshot *snapshot,
 	ret = stb_cow_init(&image->cow, snapshot, t);
 	if (ret)
 		return ret;
-	image->nr_blocks = t->map.nr_blocks;
-	image->block_shift = t->map.block_shift;
+	image->nr_blocks = map->nr_blocks;
+	image->block_shift = map->block_shift;
 	image->map = vmalloc(image->nr_blocks);
 	if (!image->map)
 		return -ENOMEM;
@@ -307,7 +320,7 @@ int stb_image_init(struct stb_image *image, struct stb_snapshot *snapshot,
 	disk->private_data = image;
 	snprintf(disk->disk_name, sizeof(disk->disk_name), "stillblock%d",
 		 image->minor);
-	set_capacity(disk, t->nr_sect);
+	set_capacity(disk, image->cow.nr_sect);
 	set_disk_ro(disk, true);
 	return 0;
 }
@@ -318,7 +331,7 @@ int stb_image_init(struct stb_image *image, struct stb_snapshot *snapshot,
  */
 void stb_image_switch(struct stb_image *image)
 {
-	struct stb_change_map *map = &image->cow.tracker->map;
+	struct stb_change_map *map = stb_tracker_map(image->cow.tracker);
 
 	image->number = map->number;
 	image->generation = map->generation;
@@ -335,9 +348,10 @@ void stb_image_switch(struct stb_image *image)
  */
 int stb_image_add(struct stb_image *image)
 {
-	int ret = add_disk(image->disk);
+	int ret = stb_add_disk(image->disk);
 
-	image->added = !ret;
+	image->visible = !ret;
+	image->added |= image->visible;
 	return ret;
 }
 
@@ -347,9 +361,9 @@ int stb_image_add(struct stb_image *image)
  */
 void stb_image_del(struct stb_image *image)
 {
-	if (image->added)
+	if (image->visible)
 		del_gendisk(image->disk);
-	image->added = false;
+	image->visible = false;
 }
 
 /**
@@ -359,7 +373,7 @@ void stb_image_del(struct stb_image *image)
 void stb_image_destroy(struct stb_image *image)
 {
 	if (image->disk)
-		put_disk(image->disk);
+		stb_put_disk(image->disk, image->added);
 	if (image->minor >= 0)
 		ida_free(&image_minors, image->minor);
 	vfree(image->map);

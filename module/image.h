@@ -16,7 +16,8 @@ struct stb_snapshot;
  * @cow: where its data comes from
  * @disk: /dev/stillblockN
  * @minor: N
- * @added: the disk is visible
+ * @visible: the disk is there for everybody
+ * @added: it has been visible
  * @map: the change map of the origin at the instant
  * @nr_blocks: length of @map
  * @block_shift: log2 of its blocks
@@ -30,6 +31,7 @@ struct stb_image {
 	struct stb_cow cow;
 	struct gendisk *disk;
 	int minor;
+	bool visible;
 	bool added;
 	u8 *map;
 	u64 nr_blocks;

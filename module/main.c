@@ -20,8 +20,11 @@ struct workqueue_struct *stb_wq;
 
 static int __init stb_init(void)
 {
-	int ret = -ENOMEM;
+	int ret = stb_hook_try();
 
+	if (ret)
+		return ret;
+	ret = -ENOMEM;
 	stb_wq = alloc_workqueue(KBUILD_MODNAME, WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!stb_wq)
 		return ret;

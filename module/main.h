@@ -2,6 +2,7 @@
 #ifndef STILLBLOCK_MAIN_H
 #define STILLBLOCK_MAIN_H
 
+#include <linux/types.h>
 #include <linux/workqueue.h>
 
 /* All work of the module; its workers make progress under memory pressure. */
@@ -18,6 +19,8 @@ extern struct workqueue_struct *stb_wq;
 void stb_control_lock(void);
 void stb_control_unlock(void);
 void stb_assert_control(void);
+
+int stb_dev_of_fd(int fd, dev_t *dev);
 
 int stb_control_init(void);
 void stb_control_exit(void);

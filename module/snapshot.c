@@ -23,6 +23,7 @@
 #include "freeze.h"
 #include "main.h"
 #include "snapshot.h"
+#include "trace.h"
 #include "tracker.h"
 
 #define STB_FREEZE_MS_DEFAULT	10000
@@ -140,6 +141,7 @@ void stb_snapshot_fail(struct stb_snapshot *s, u32 reason)
 
 	if (!snapshot_set_state(s, STB_SNAPSHOT_FAILED, reason))
 		return;
+	trace_stillblock_fail(reason);
 	pr_warn("snapshot failed (reason %u), its origins go on\n", reason);
 	for (i = 0; i < s->nr_images; i++) {
 		stb_tracker_set_mode(s->images[i].cow.tracker, STB_PASS, NULL);
@@ -189,25 +191,96 @@ static u64 snapshot_held_writes(struct stb_snapshot *s)
 	return nr;
 }
 
-/* What is about a store on @bdev that this snapshot cannot do with? */
-static u32 snapshot_check_store(void *data, struct block_device *bdev)
+/* The part of a range of @bdev that lies on an origin, in sectors of that. */
+static bool snapshot_overlap(struct stb_cow *cow, struct block_device *bdev,
+			     struct stb_range r, struct stb_range *on_origin)
 {
+	struct stb_tracker *t = cow->tracker;
+	sector_t first = stb_bdev_start(bdev) + r.first;
+	sector_t end = stb_bdev_start(bdev) + r.end;
+
+	if (t->disk != bdev->bd_disk || end <= t->start ||
+	    first >= t->start + cow->nr_sect)
+		return false;
+	on_origin->first = max(first, t->start) - t->start;
+	on_origin->end = min(end, t->start + cow->nr_sect) - t->start;
+	return true;
+}
+
+/*
+ * What is about a store on @bdev that this snapshot cannot do with? Files of a
+ * file system on an origin will do until the instant: what they hold now is
+ * theirs. Later their blocks may be those of a file that was deleted since,
+ * which the image still needs.
+ */
+static u32 snapshot_check_store(void *data, struct block_device *bdev, u32 kind)
+{
+	struct stb_range all = { .end = stb_bdev_nr_sect(bdev) };
 	struct stb_snapshot *s = data;
+	struct stb_range on_origin;
 	u32 i;
 
 	for (i = 0; i < s->nr_images; i++) {
-		struct stb_tracker *t = s->images[i].cow.tracker;
+		struct stb_cow *cow = &s->images[i].cow;
 
-		if (t->disk == bdev->bd_disk &&
-		    t->start < bdev->bd_start_sect + bdev_nr_sectors(bdev) &&
-		    bdev->bd_start_sect < t->start + t->nr_sect)
+		if ((kind != STILLBLOCK_STORE_FILE || stb_snapshot_held(s)) &&
+		    snapshot_overlap(cow, bdev, all, &on_origin))
 			return STILLBLOCK_REASON_STORE_ON_ORIGIN;
 		if (bdev_logical_block_size(bdev) >
-		    bdev_logical_block_size(t->dev.bdev))
+		    bdev_logical_block_size(cow->tracker->dev.bdev))
 			return STILLBLOCK_REASON_STORE_UNSUITABLE;
 	}
 	return STILLBLOCK_REASON_NONE;
 }
+
+/*
+ * A range of @bdev becomes store. On each origin that it lies on, the chunks
+ * that are wholly within it become an area of the store, and only they are
+ * used: a chunk with other data beside would have to be preserved from our own
+ * writes.
+ */
+static int snapshot_claim_store(void *data, struct block_device *bdev,
+				struct stb_range *r)
+{
+	struct stb_snapshot *s = data;
+	struct stb_range usable = *r;
+	u32 i;
+
+	for (i = 0; i < s->nr_images; i++) {
+		struct stb_cow *cow = &s->images[i].cow;
+		struct stb_range on_origin;
+		sector_t from_origin;
+		u64 first, end;
+		int ret;
+
+		if (!snapshot_overlap(cow, bdev, *r, &on_origin))
+			continue;
+		/* Half on an origin, half beside it: who would do that? */
+		if (on_origin.end - on_origin.first != r->end - r->first)
+			return -ERANGE;
+		first = DIV_ROUND_UP_ULL(on_origin.first, STB_CHUNK_SECT);
+		end = on_origin.end / STB_CHUNK_SECT;
+		if (first >= end) {
+			usable.end = usable.first;
+			continue;
+		}
+		ret = stb_cow_add_area(cow, first, end);
+		if (ret)
+			return ret;
+		from_origin = r->first - on_origin.first;
+		usable.first = max_t(sector_t, usable.first,
+				     from_origin + first * STB_CHUNK_SECT);
+		usable.end = min_t(sector_t, usable.end,
+				   from_origin + end * STB_CHUNK_SECT);
+	}
+	*r = usable;
+	return 0;
+}
+
+static const struct stb_store_rules snapshot_store_rules = {
+	.check = snapshot_check_store,
+	.claim = snapshot_claim_store,
+};
 
 static int snapshot_add_images(struct stb_snapshot *s,
 			       struct stillblock_take *args)
@@ -232,12 +305,9 @@ static int snapshot_add_images(struct stb_snapshot *s,
 			args->reason = STILLBLOCK_REASON_IN_SNAPSHOT;
 			return -EBUSY;
 		}
-		if (stb_tracker_stale(t)) {
-			args->reason = disk_live(t->disk) ?
-				STILLBLOCK_REASON_RESIZED :
-				STILLBLOCK_REASON_GONE;
-			return -ESTALE;
-		}
+		ret = stb_tracker_refresh(t, &args->reason);
+		if (ret)
+			return ret;
 		t->snapshot = s;
 		s->nr_images = i + 1;
 		ret = stb_image_init(&s->images[i], s, t);
@@ -263,16 +333,19 @@ static int snapshot_add_stores(struct stb_snapshot *s,
 		args->culprit = i;
 		if (copy_from_user(&spec, from + i, sizeof(spec)))
 			return -EFAULT;
-		ret = stb_store_add(&s->store, &spec, snapshot_check_store, s,
+		ret = stb_store_add(&s->store, &spec, &snapshot_store_rules, s,
 				    &args->reason);
 		if (ret)
 			return ret;
 	}
+	for (i = 0; i < s->nr_images; i++)
+		stb_cow_sort_areas(&s->images[i].cow);
 	return 0;
 }
 
 /*
- * Count writes from here on, and wait for those that passed uncounted to their queues: a task may have been preempted between the hook and the queue,
+ * Count writes from here on, and wait for those that passed uncounted to reach
+ * their queues: a task may have been preempted between the hook and the queue,
  * and only RCU tasks knows when it has moved on. Nothing is frozen and nothing
  * is held up meanwhile.
  */
@@ -514,7 +587,7 @@ static long snapshot_ioc_image(struct stb_snapshot *s, void __user *arg)
 	out.tracker = image->cow.tracker->id;
 	out.major = image->disk->major;
 	out.minor = image->minor;
-	out.nr_sect = image->cow.tracker->nr_sect;
+	out.nr_sect = image->cow.nr_sect;
 	out.nr_blocks = image->nr_blocks;
 	memcpy(out.generation, &image->generation, sizeof(out.generation));
 	memcpy(out.checkpoint_generation, &image->checkpoint_generation,
@@ -557,7 +630,7 @@ static long snapshot_ioc_add_store(struct stb_snapshot *s, void __user *arg)
 	stb_control_lock();
 	if (stb_snapshot_held(s)) {
 		ret = stb_store_add(&s->store, &args.store,
-				    snapshot_check_store, s, &args.reason);
+				    &snapshot_store_rules, s, &args.reason);
 	} else {
 		args.reason = STILLBLOCK_REASON_FAILED;
 		ret = -EIO;

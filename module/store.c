@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Difference storage: extents of pinned files, and memory.
+ * Difference storage: extents of pinned files, whole devices, and memory.
  *
  * The module never writes through a file system: with that file system frozen,
  * or flushing into an origin that waits for its store, that would deadlock.
@@ -19,11 +19,19 @@
 #include <linux/vmalloc.h>
 
 #include "compat.h"
+#include "main.h"
 #include "store.h"
 
-struct stb_store_file {
+/**
+ * struct stb_store_hold - what keeps a piece in its place
+ * @node: in store->holds
+ * @file: pinned file, or NULL
+ * @dev: else a device that is ours alone
+ */
+struct stb_store_hold {
 	struct list_head node;
 	struct file *file;
+	struct stb_bdev dev;
 };
 
 /**
@@ -35,43 +43,39 @@ void stb_store_init(struct stb_store *store, u64 low_watermark_bytes)
 {
 	memset(store, 0, sizeof(*store));
 	spin_lock_init(&store->lock);
-	INIT_LIST_HEAD(&store->files);
+	INIT_LIST_HEAD(&store->holds);
 	store->low_watermark = low_watermark_bytes >> STB_CHUNK_SHIFT;
 }
 
-static int store_pin(struct stb_store *store, struct file *file)
+static int store_pin(struct stb_store_hold *hold, struct file *file)
 {
 	struct inode *inode = file_inode(file);
-	struct stb_store_file *f = kmalloc(sizeof(*f), GFP_KERNEL);
 	int ret = 0;
 
-	if (!f)
-		return -ENOMEM;
 	inode_lock(inode);
 	if (IS_SWAPFILE(inode))
 		ret = -EBUSY;
 	else
 		inode->i_flags |= S_SWAPFILE;
 	inode_unlock(inode);
-	if (ret) {
-		kfree(f);
-		return ret;
-	}
-	f->file = get_file(file);
-	list_add(&f->node, &store->files);
-	return 0;
+	if (!ret)
+		hold->file = get_file(file);
+	return ret;
 }
 
-static void store_unpin(struct stb_store_file *f)
+static void store_let_go(struct stb_store_hold *hold)
 {
-	struct inode *inode = file_inode(f->file);
+	if (hold->file) {
+		struct inode *inode = file_inode(hold->file);
 
-	inode_lock(inode);
-	inode->i_flags &= ~S_SWAPFILE;
-	inode_unlock(inode);
-	list_del(&f->node);
-	fput(f->file);
-	kfree(f);
+		inode_lock(inode);
+		inode->i_flags &= ~S_SWAPFILE;
+		inode_unlock(inode);
+		fput(hold->file);
+	} else {
+		stb_bdev_close(&hold->dev);
+	}
+	kfree(hold);
 }
 
 /*
@@ -129,46 +133,75 @@ static int store_add_memory(struct stb_store *store, u64 limit, u32 *reason)
 	return ret;
 }
 
+/*
+ * Make a piece of a range of a device, as far as whole slots of it may be used.
+ * Return: 1 or 0 pieces, or a negative errno.
+ */
+static int store_make_piece(struct block_device *bdev, struct stb_range r,
+			    const struct stb_store_rules *rules, void *data,
+			    struct stb_store_piece *piece)
+{
+	u32 align = max_t(u32, bdev_logical_block_size(bdev), PAGE_SIZE) >>
+		    SECTOR_SHIFT;
+	int ret = rules->claim(data, bdev, &r);
+
+	if (ret)
+		return ret;
+	r.first = round_up(r.first, align);
+	if (r.first + STB_CHUNK_SECT > r.end)
+		return 0;
+	*piece = (struct stb_store_piece){
+		.nr_slots = (r.end - r.first) / STB_CHUNK_SECT,
+		.bdev = bdev,
+		.sector = r.first,
+	};
+	return 1;
+}
+
 /* Turn extents of user space into pieces of whole slots within the device. */
 static int store_read_extents(const struct stillblock_store *spec,
 			      struct block_device *bdev,
+			      const struct stb_store_rules *rules, void *data,
 			      struct stb_store_piece *pieces, u32 *nr_pieces)
 {
 	const struct stillblock_extent __user *from =
 		u64_to_user_ptr(spec->extents);
-	u64 size = (u64)bdev_nr_sectors(bdev) << SECTOR_SHIFT;
-	u32 align = max_t(u32, bdev_logical_block_size(bdev), PAGE_SIZE);
+	u64 size = (u64)stb_bdev_nr_sect(bdev) << SECTOR_SHIFT;
 	struct stillblock_extent e;
-	u32 i, nr = 0;
+	u32 i;
 
+	*nr_pieces = 0;
 	for (i = 0; i < spec->nr_extents; i++) {
-		u64 skip;
+		struct stb_range r;
+		int ret;
 
 		if (copy_from_user(&e, from + i, sizeof(e)))
 			return -EFAULT;
 		if (e.offset > size || e.length > size - e.offset)
 			return -ERANGE;
-		skip = round_up(e.offset, align) - e.offset;
-		if (e.length < skip + STB_CHUNK_SIZE)
+		r.first = DIV_ROUND_UP_ULL(e.offset, SECTOR_SIZE);
+		r.end = (e.offset + e.length) >> SECTOR_SHIFT;
+		if (r.first >= r.end)
 			continue;
-		pieces[nr].nr_slots = (e.length - skip) >> STB_CHUNK_SHIFT;
-		pieces[nr].bdev = bdev;
-		pieces[nr].sector = (e.offset + skip) >> SECTOR_SHIFT;
-		pieces[nr].pages = NULL;
-		nr++;
+		ret = store_make_piece(bdev, r, rules, data,
+				       &pieces[*nr_pieces]);
+		if (ret < 0)
+			return ret;
+		*nr_pieces += ret;
 	}
-	*nr_pieces = nr;
 	return 0;
 }
 
 static int store_add_file(struct stb_store *store,
 			  const struct stillblock_store *spec,
-			  stb_store_check_t check, void *data, u32 *reason)
+			  struct stb_store_hold *hold,
+			  const struct stb_store_rules *rules, void *data,
+			  u32 *reason)
 {
 	struct stb_store_piece *pieces;
 	struct block_device *bdev;
 	struct file *file;
-	u32 nr = 0;
+	u32 nr;
 	int ret;
 
 	*reason = STILLBLOCK_REASON_STORE_NOT_FILE;
@@ -185,41 +218,103 @@ static int store_add_file(struct stb_store *store,
 	    bdev_is_zoned(bdev))
 		goto put;
 	ret = -EINVAL;
-	*reason = check(data, bdev);
+	*reason = rules->check(data, bdev, spec->kind);
 	if (*reason)
 		goto put;
 	*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
 	if (!spec->nr_extents || spec->nr_extents > STILLBLOCK_MAX_EXTENTS)
 		goto put;
 
+	*reason = STILLBLOCK_REASON_STORE_BUSY;
+	ret = store_pin(hold, file);
+	if (ret)
+		goto put;
 	*reason = STILLBLOCK_REASON_NO_MEMORY;
 	ret = -ENOMEM;
 	pieces = kvmalloc_array(spec->nr_extents, sizeof(*pieces), GFP_KERNEL);
 	if (!pieces)
 		goto put;
-	*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
-	ret = store_read_extents(spec, bdev, pieces, &nr);
-	if (ret)
-		goto free;
-	*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;
-	ret = -ENOSPC;
-	if (!nr)
-		goto free;
-	*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
-	ret = store_pin(store, file);
-	if (ret)
-		goto free;
-	*reason = STILLBLOCK_REASON_NO_MEMORY;
-	ret = store_append(store, pieces, nr);
-	if (ret)
-		store_unpin(list_first_entry(&store->files,
-					     struct stb_store_file, node));
-free:
+	ret = store_read_extents(spec, bdev, rules, data, pieces, &nr);
+	if (ret) {
+		if (ret != -ENOMEM)
+			*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
+	} else if (!nr) {
+		*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;
+		ret = -ENOSPC;
+	} else {
+		ret = store_append(store, pieces, nr);
+	}
 	kvfree(pieces);
 put:
 	fput(file);
+	return ret;
+}
+
+static int store_add_device(struct stb_store *store,
+			    const struct stillblock_store *spec,
+			    struct stb_store_hold *hold,
+			    const struct stb_store_rules *rules, void *data,
+			    u32 *reason)
+{
+	struct stb_store_piece piece;
+	struct block_device *bdev;
+	struct stb_range r = {};
+	dev_t dev;
+	int ret;
+
+	*reason = STILLBLOCK_REASON_NOT_BLOCK_DEVICE;
+	ret = stb_dev_of_fd(spec->file_fd, &dev);
+	if (ret)
+		return ret;
+	*reason = STILLBLOCK_REASON_STORE_BUSY;
+	ret = stb_bdev_open(dev, STB_OPEN_READ | STB_OPEN_WRITE, store,
+			    &hold->dev);
+	if (ret) {
+		hold->dev.bdev = NULL;
+		if (ret != -EBUSY)
+			*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
+		return ret;
+	}
+	bdev = hold->dev.bdev;
+	*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
+	if (bdev_is_zoned(bdev))
+		return -EOPNOTSUPP;
+	*reason = rules->check(data, bdev, spec->kind);
+	if (*reason)
+		return -EINVAL;
+	r.end = stb_bdev_nr_sect(bdev);
+	ret = store_make_piece(bdev, r, rules, data, &piece);
+	if (ret == 0) {
+		*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;
+		return -ENOSPC;
+	}
+	*reason = STILLBLOCK_REASON_NO_MEMORY;
+	return ret < 0 ? ret : store_append(store, &piece, 1);
+}
+
+/* A piece that lies somewhere where it has to be held. */
+static int store_add_held(struct stb_store *store,
+			  const struct stillblock_store *spec,
+			  const struct stb_store_rules *rules, void *data,
+			  u32 *reason)
+{
+	struct stb_store_hold *hold = kzalloc(sizeof(*hold), GFP_KERNEL);
+	int ret;
+
+	if (!hold) {
+		*reason = STILLBLOCK_REASON_NO_MEMORY;
+		return -ENOMEM;
+	}
+	if (spec->kind == STILLBLOCK_STORE_FILE)
+		ret = store_add_file(store, spec, hold, rules, data, reason);
+	else
+		ret = store_add_device(store, spec, hold, rules, data, reason);
 	if (!ret)
-		*reason = STILLBLOCK_REASON_NONE;
+		list_add(&hold->node, &store->holds);
+	else if (hold->file || hold->dev.bdev)
+		store_let_go(hold);
+	else
+		kfree(hold);
 	return ret;
 }
 
@@ -227,15 +322,15 @@ put:
  * stb_store_add() - add a piece of storage
  * @store: store
  * @spec: what user space offers
- * @check: says for the device of a file why it will not do, if so
- * @data: for @check
+ * @rules: about the origins
+ * @data: for @rules
  * @reason: out: enum stillblock_reason
  *
  * Context: control mutex held, may sleep.
  * Return: 0, or a negative errno and nothing is added.
  */
 int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
-		  stb_store_check_t check, void *data, u32 *reason)
+		  const struct stb_store_rules *rules, void *data, u32 *reason)
 {
 	int ret = -EINVAL;
 
@@ -249,7 +344,11 @@ int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
 		break;
 	case STILLBLOCK_STORE_FILE:
 		if (!spec->limit)
-			ret = store_add_file(store, spec, check, data, reason);
+			ret = store_add_held(store, spec, rules, data, reason);
+		break;
+	case STILLBLOCK_STORE_DEVICE:
+		if (!spec->limit && !spec->extents && !spec->nr_extents)
+			ret = store_add_held(store, spec, rules, data, reason);
 		break;
 	}
 	if (!ret)
@@ -258,12 +357,12 @@ int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
 }
 
 /**
- * stb_store_destroy() - free memory and unpin files
+ * stb_store_destroy() - free memory, let files and devices go
  * @store: store; no I/O to it is in flight
  */
 void stb_store_destroy(struct stb_store *store)
 {
-	struct stb_store_file *f, *next;
+	struct stb_store_hold *hold, *next;
 	u32 i;
 
 	for (i = 0; i < store->nr_pieces; i++) {
@@ -283,8 +382,9 @@ void stb_store_destroy(struct stb_store *store)
 	kvfree(store->pieces);
 	store->pieces = NULL;
 	store->nr_pieces = 0;
-	list_for_each_entry_safe(f, next, &store->files, node)
-		store_unpin(f);
+	list_for_each_entry_safe(hold, next, &store->holds, node)
+		store_let_go(hold);
+	INIT_LIST_HEAD(&store->holds);
 }
 
 /* The piece that holds a slot below the capacity. */

@@ -32,24 +32,24 @@ struct stb_store_piece {
 
 /**
  * struct stb_store - difference storage of a snapshot, shared by its images
- * @lock: protects all below but @files. Inside cow locks; nothing inside it
+ * @lock: protects all below but @holds. Inside cow locks; nothing inside it
  * @pieces: array, sorted by first_slot
  * @nr_pieces: length
  * @capacity: slots there are
  * @used: slots handed out: the next one to hand out
  * @low_watermark: free slots under which @low is told once per growth
  * @low_told: it was told
- * @files: pinned files; changed under the control mutex
+ * @holds: files and devices that are kept; changed under the control mutex
  */
 struct stb_store {
-	spinlock_t lock;	/* all below but files */
+	spinlock_t lock;	/* all below but holds */
 	struct stb_store_piece *pieces;
 	u32 nr_pieces;
 	u64 capacity;
 	u64 used;
 	u64 low_watermark;
 	bool low_told;
-	struct list_head files;
+	struct list_head holds;
 };
 
 /**
@@ -68,12 +68,22 @@ struct stb_slots {
 	struct page **pages;
 };
 
-void stb_store_init(struct stb_store *store, u64 low_watermark_bytes);
-/* Why a device cannot hold the store: enum stillblock_reason, 0 if it can. */
-typedef u32 (*stb_store_check_t)(void *data, struct block_device *bdev);
+/**
+ * struct stb_store_rules - what a store has to know about the origins
+ * @check: why a device cannot hold a piece of this kind: enum
+ *	stillblock_reason, 0 if it can
+ * @claim: a range of a device becomes store; shortens it to what may be used.
+ *	Returns 0 or a negative errno
+ */
+struct stb_store_rules {
+	u32 (*check)(void *data, struct block_device *bdev, u32 kind);
+	int (*claim)(void *data, struct block_device *bdev,
+		     struct stb_range *r);
+};
 
+void stb_store_init(struct stb_store *store, u64 low_watermark_bytes);
 int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
-		  stb_store_check_t check, void *data, u32 *reason);
+		  const struct stb_store_rules *rules, void *data, u32 *reason);
 void stb_store_destroy(struct stb_store *store);
 bool stb_store_alloc(struct stb_store *store, u64 want, struct stb_slots *out,
 		     bool *low);

@@ -50,10 +50,23 @@ DEFINE_EVENT(stillblock_range, stillblock_release,
 	TP_ARGS(tracker, sector, nr_sect)
 );
 
-/* Old data is being read from the origin. */
-DEFINE_EVENT(stillblock_range, stillblock_copy,
+/* Old data is being read from the origin, to be preserved. */
+DEFINE_EVENT(stillblock_range, stillblock_preserve,
 	TP_PROTO(u64 tracker, sector_t sector, u64 nr_sect),
 	TP_ARGS(tracker, sector, nr_sect)
+);
+
+/* A snapshot fails: enum stillblock_reason. */
+TRACE_EVENT(stillblock_fail,
+	TP_PROTO(u32 reason),
+	TP_ARGS(reason),
+	TP_STRUCT__entry(
+		__field(u32, reason)
+	),
+	TP_fast_assign(
+		__entry->reason = reason;
+	),
+	TP_printk("reason %u", __entry->reason)
 );
 
 #endif /* STILLBLOCK_TRACE_H */

@@ -23,6 +23,8 @@
 
 /* Writes counted at once while a take is under way, before the worker waits. */
 #define STB_COUNTED_POOL	256
+/* Blocks marked for user space before others may run. */
+#define STB_MARK_BLOCKS		65536
 
 /* All trackers by id, under the control mutex. */
 static DEFINE_XARRAY(trackers);
@@ -82,11 +84,15 @@ static void tracker_route(struct stb_tracker *t, struct bio *bio)
 void stb_tracker_release(struct stb_tracker *t, struct bio *bio)
 {
 	struct stb_range r = {};
+	struct stb_change_map *map;
 
-	if (stb_tracker_range(t, bio, &r))
-		stb_change_map_mark(&t->map, r);
+	rcu_read_lock();
+	map = rcu_dereference(t->map);
+	if (stb_tracker_range(t, map->nr_sect, bio, &r))
+		stb_change_map_mark(map, r);
+	rcu_read_unlock();
 	trace_stillblock_release(t->id, r.first, r.end - r.first);
-	stb_hook_released(1);
+	stb_hook_released(bio);
 	stb_hook_resume(bio, t);
 }
 
@@ -143,22 +149,6 @@ void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 	raw_spin_unlock_irqrestore(&t->lock, flags);
 }
 
-/* Writes that a bio-based driver has accounted and not completed. */
-static unsigned int tracker_inflight(struct stb_tracker *t)
-{
-	struct block_device *part;
-	unsigned int nr = 0;
-	unsigned long i;
-	int cpu;
-
-	rcu_read_lock();
-	xa_for_each(&t->disk->part_tbl, i, part)
-		for_each_possible_cpu(cpu)
-			nr += part_stat_local_read_cpu(part, in_flight[1], cpu);
-	rcu_read_unlock();
-	return nr;
-}
-
 /*
  * Wait for writes that passed before they were counted. Their submitters have
  * long entered the queue (the take waited for RCU tasks), so an empty queue is
@@ -172,7 +162,7 @@ static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
 	int ret = 0;
 
 	if (!queue_is_mq(q)) {
-		while (tracker_inflight(t)) {
+		while (stb_disk_inflight_writes(t->disk)) {
 			if (time_after(jiffies, deadline))
 				return -ETIMEDOUT;
 			usleep_range(100, 200);
@@ -222,20 +212,83 @@ void stb_tracker_ungate(struct stb_tracker *t)
 }
 
 /**
- * stb_tracker_stale() - is the device other than it was at attach?
+ * stb_tracker_map() - the change map, for those who change it or its owner
  * @t: tracker
+ *
+ * Context: control mutex held.
  */
-bool stb_tracker_stale(struct stb_tracker *t)
+struct stb_change_map *stb_tracker_map(struct stb_tracker *t)
 {
-	return bdev_nr_sectors(t->dev.bdev) != t->nr_sect ||
-	       !disk_live(t->disk);
+	stb_assert_control();
+	return rcu_dereference_protected(t->map, true);
+}
+
+/*
+ * A map for a device of this size, with the block size that was asked for at
+ * attach.
+ */
+static struct stb_change_map *tracker_new_map(struct stb_tracker *t,
+					      sector_t nr_sect, u32 *reason)
+{
+	unsigned int shift = t->block_size ? ilog2(t->block_size) :
+					     stb_block_shift(nr_sect);
+	struct stb_change_map *map;
+
+	if (nr_sect < 1ull << (shift - SECTOR_SHIFT)) {
+		*reason = STILLBLOCK_REASON_TOO_SMALL;
+		return ERR_PTR(-EOPNOTSUPP);
+	}
+	if (stb_nr_blocks(nr_sect, shift) > STB_MAP_MAX_BYTES) {
+		*reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
+		return ERR_PTR(-EINVAL);
+	}
+	map = stb_change_map_create(nr_sect, shift);
+	if (!map) {
+		*reason = STILLBLOCK_REASON_NO_MEMORY;
+		return ERR_PTR(-ENOMEM);
+	}
+	return map;
+}
+
+/**
+ * stb_tracker_refresh() - is the device still what its history is about?
+ * @t: tracker of no snapshot
+ * @reason: out: why it cannot be used
+ *
+ * With another size than before a new history begins, in a new generation:
+ * writes beyond the old end were not seen.
+ *
+ * Context: control mutex held.
+ * Return: 0 or a negative errno.
+ */
+int stb_tracker_refresh(struct stb_tracker *t, u32 *reason)
+{
+	struct stb_change_map *old = stb_tracker_map(t);
+	struct stb_change_map *fresh;
+
+	if (!stb_disk_live(t->disk)) {
+		*reason = STILLBLOCK_REASON_GONE;
+		return -ESTALE;
+	}
+	if (stb_bdev_nr_sect(t->dev.bdev) == old->nr_sect)
+		return 0;
+	fresh = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev), reason);
+	if (IS_ERR(fresh))
+		return PTR_ERR(fresh);
+	rcu_assign_pointer(t->map, fresh);
+	pr_info("%pg: %llu sectors instead of %llu, generation %pU\n",
+		t->dev.bdev, (u64)fresh->nr_sect, (u64)old->nr_sect,
+		&fresh->generation);
+	synchronize_rcu();
+	stb_change_map_destroy(old);
+	return 0;
 }
 
 static void tracker_free(struct kref *ref)
 {
 	struct stb_tracker *t = container_of(ref, struct stb_tracker, ref);
 
-	stb_change_map_destroy(&t->map);
+	stb_change_map_destroy(rcu_dereference_protected(t->map, true));
 	free_percpu(t->nr_writes);
 	stb_bdev_close(&t->dev);
 	kfree(t);
@@ -263,7 +316,7 @@ struct stb_tracker *stb_tracker_find(u64 id)
 	return id <= U32_MAX ? xa_load(&trackers, id) : NULL;
 }
 
-static u32 tracker_unsuitable(struct block_device *bdev, unsigned int shift)
+static u32 tracker_unsuitable(struct block_device *bdev)
 {
 	if (bdev_is_zoned(bdev))
 		return STILLBLOCK_REASON_ZONED;
@@ -271,8 +324,6 @@ static u32 tracker_unsuitable(struct block_device *bdev, unsigned int shift)
 		return STILLBLOCK_REASON_DAX;
 	if (stb_has_rw_page(bdev->bd_disk) || stb_is_image(bdev->bd_disk))
 		return STILLBLOCK_REASON_BYPASSES_BIO;
-	if (bdev_nr_sectors(bdev) < 1ull << (shift - SECTOR_SHIFT))
-		return STILLBLOCK_REASON_TOO_SMALL;
 	return STILLBLOCK_REASON_NONE;
 }
 
@@ -287,40 +338,20 @@ static struct stb_tracker *tracker_of(struct block_device *bdev)
 	return NULL;
 }
 
-/* Resolve a descriptor of user space to the device that it has open. */
-static int tracker_dev_of_fd(int fd, dev_t *dev)
+static int tracker_open(struct stb_tracker *t, dev_t dev, u32 *reason)
 {
-	struct fd f = fdget(fd);
-	struct file *file = stb_fd_file(f);
-	int ret = 0;
-
-	if (!file)
-		return -EBADF;
-	if (S_ISBLK(file_inode(file)->i_mode))
-		*dev = file_inode(file)->i_rdev;
-	else
-		ret = -ENOTBLK;
-	fdput(f);
-	return ret;
-}
-
-static int tracker_open(struct stb_tracker *t, dev_t dev, u32 block_size,
-			u32 *reason)
-{
+	struct stb_change_map *map;
 	struct stb_tracker *other;
-	unsigned int shift;
 	int ret;
 
-	ret = stb_bdev_open(dev, &t->dev);
+	ret = stb_bdev_open(dev, STB_OPEN_READ, NULL, &t->dev);
 	if (ret) {
 		*reason = STILLBLOCK_REASON_GONE;
 		return ret;
 	}
 	t->disk = t->dev.bdev->bd_disk;
-	t->start = t->dev.bdev->bd_start_sect;
-	t->nr_sect = bdev_nr_sectors(t->dev.bdev);
-	shift = block_size ? ilog2(block_size) : stb_block_shift(t->nr_sect);
-	*reason = tracker_unsuitable(t->dev.bdev, shift);
+	t->start = stb_bdev_start(t->dev.bdev);
+	*reason = tracker_unsuitable(t->dev.bdev);
 	ret = -EOPNOTSUPP;
 	if (*reason)
 		goto close;
@@ -330,16 +361,12 @@ static int tracker_open(struct stb_tracker *t, dev_t dev, u32 block_size,
 		*reason = STILLBLOCK_REASON_ALREADY_ATTACHED;
 		goto close;
 	}
-	if (stb_nr_blocks(t->nr_sect, shift) > STB_MAP_MAX_BYTES) {
-		*reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
-		ret = -EINVAL;
+	map = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev), reason);
+	if (IS_ERR(map)) {
+		ret = PTR_ERR(map);
 		goto close;
 	}
-	ret = stb_change_map_init(&t->map, t->nr_sect, shift);
-	if (ret) {
-		*reason = STILLBLOCK_REASON_NO_MEMORY;
-		goto close;
-	}
+	rcu_assign_pointer(t->map, map);
 	return 0;
 
 close:
@@ -370,7 +397,7 @@ int stb_tracker_attach(struct stillblock_attach *args)
 		args->reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
 		return -EINVAL;
 	}
-	ret = tracker_dev_of_fd(args->bdev_fd, &dev);
+	ret = stb_dev_of_fd(args->bdev_fd, &dev);
 	if (ret) {
 		args->reason = STILLBLOCK_REASON_NOT_BLOCK_DEVICE;
 		return ret;
@@ -391,9 +418,10 @@ int stb_tracker_attach(struct stillblock_attach *args)
 	atomic_set(&t->counted, 0);
 	atomic64_set(&t->nr_held_writes, 0);
 	t->mode = STB_PASS;
+	t->block_size = args->block_size;
 
 	args->reason = STILLBLOCK_REASON_NONE;
-	ret = tracker_open(t, dev, args->block_size, &args->reason);
+	ret = tracker_open(t, dev, &args->reason);
 	if (ret)
 		goto free_percpu;
 
@@ -411,13 +439,13 @@ int stb_tracker_attach(struct stillblock_attach *args)
 	__module_get(THIS_MODULE);
 	args->tracker = t->id;
 	pr_info("%pg: tracked, generation %pU\n", t->dev.bdev,
-		&t->map.generation);
+		&stb_tracker_map(t)->generation);
 	return 0;
 
 erase:
 	xa_erase(&trackers, t->id);
 close:
-	stb_change_map_destroy(&t->map);
+	stb_change_map_destroy(stb_tracker_map(t));
 	stb_bdev_close(&t->dev);
 free_percpu:
 	free_percpu(t->nr_writes);
@@ -463,20 +491,23 @@ int stb_tracker_detach(struct stillblock_detach *args)
 static void tracker_describe(struct stb_tracker *t,
 			     struct stillblock_tracker *out)
 {
+	struct stb_change_map *map = stb_tracker_map(t);
 	int cpu;
 
 	memset(out, 0, sizeof(*out));
 	out->tracker = t->id;
 	out->major = MAJOR(t->dev.bdev->bd_dev);
 	out->minor = MINOR(t->dev.bdev->bd_dev);
-	out->nr_sect = t->nr_sect;
-	out->block_size = 1u << t->map.block_shift;
+	out->nr_sect = map->nr_sect;
+	out->block_size = 1u << map->block_shift;
 	if (t->snapshot)
 		out->flags |= STILLBLOCK_TRACKER_IN_SNAPSHOT;
-	if (stb_tracker_stale(t))
-		out->flags |= STILLBLOCK_TRACKER_STALE;
-	memcpy(out->generation, &t->map.generation, sizeof(out->generation));
-	out->number = t->map.number;
+	if (!stb_disk_live(t->disk))
+		out->flags |= STILLBLOCK_TRACKER_GONE;
+	else if (stb_bdev_nr_sect(t->dev.bdev) != map->nr_sect)
+		out->flags |= STILLBLOCK_TRACKER_RESIZED;
+	memcpy(out->generation, &map->generation, sizeof(out->generation));
+	out->number = map->number;
 	for_each_possible_cpu(cpu)
 		out->nr_writes += *per_cpu_ptr(t->nr_writes, cpu);
 	out->nr_held_writes = atomic64_read(&t->nr_held_writes);
@@ -505,6 +536,44 @@ int stb_tracker_list(struct stillblock_list *args)
 				return -EFAULT;
 		}
 		args->count++;
+	}
+	return 0;
+}
+
+/**
+ * stb_tracker_mark() - call a range of a device changed
+ * @args: STILLBLOCK_IOC_MARK
+ *
+ * Context: control mutex held, so that the number in force stays.
+ * Return: 0 or a negative errno, with @args->reason.
+ */
+int stb_tracker_mark(struct stillblock_mark *args)
+{
+	struct stb_change_map *map;
+	struct stb_tracker *t;
+	struct stb_range r;
+	u64 size, end, step;
+
+	stb_assert_control();
+	if (args->flags)
+		return -EINVAL;
+	t = stb_tracker_find(args->tracker);
+	if (!t) {
+		args->reason = STILLBLOCK_REASON_NOT_ATTACHED;
+		return -ENOENT;
+	}
+	map = stb_tracker_map(t);
+	size = (u64)map->nr_sect << SECTOR_SHIFT;
+	if (!args->length || args->offset > size ||
+	    args->length > size - args->offset)
+		return -ERANGE;
+	end = DIV_ROUND_UP_ULL(args->offset + args->length, SECTOR_SIZE);
+	step = (u64)STB_MARK_BLOCKS << (map->block_shift - SECTOR_SHIFT);
+	for (r.first = args->offset >> SECTOR_SHIFT; r.first < end;
+	     r.first = r.end) {
+		r.end = min_t(u64, end, r.first + step);
+		stb_change_map_mark(map, r);
+		cond_resched();
 	}
 	return 0;
 }

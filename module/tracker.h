@@ -44,8 +44,9 @@ enum stb_mode {
  * @dev: the device, held open
  * @disk: its disk: the lookup key
  * @start: absolute first sector on @disk
- * @nr_sect: size, sectors
- * @map: change map
+ * @block_size: unit of change tracking that was asked for, or 0
+ * @map: change map; RCU, replaced under the control mutex when the device has
+ *	another size
  * @lock: protects @held, changes of @mode and of @cow. Taken inside the ftrace
  *	callback with interrupts off; innermost of all locks
  * @mode: see enum stb_mode; read without the lock, then checked again under it
@@ -64,8 +65,8 @@ struct stb_tracker {
 	struct stb_bdev dev;
 	struct gendisk *disk;
 	sector_t start;
-	sector_t nr_sect;
-	struct stb_change_map map;
+	u32 block_size;
+	struct stb_change_map __rcu *map;
 	raw_spinlock_t lock;
 	enum stb_mode mode;
 	struct bio_list held;
@@ -80,9 +81,11 @@ struct stb_tracker {
 int stb_tracker_attach(struct stillblock_attach *args);
 int stb_tracker_detach(struct stillblock_detach *args);
 int stb_tracker_list(struct stillblock_list *args);
+int stb_tracker_mark(struct stillblock_mark *args);
 struct stb_tracker *stb_tracker_find(u64 id);
+struct stb_change_map *stb_tracker_map(struct stb_tracker *t);
+int stb_tracker_refresh(struct stb_tracker *t, u32 *reason);
 void stb_tracker_put(struct stb_tracker *t);
-bool stb_tracker_stale(struct stb_tracker *t);
 
 void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 			  struct stb_cow *cow);
@@ -96,29 +99,28 @@ void stb_tracker_exit(void);
 /**
  * stb_tracker_range() - the part of a bio that touches a tracker
  * @t: tracker
+ * @nr_sect: size of the device as the caller knows it, sectors
  * @bio: bio for the tracker's disk, not yet submitted
  * @r: out: sectors relative to the tracked device
  *
- * A bio carries sectors of its bdev until the block layer has remapped it to
- * the whole disk (BIO_REMAPPED): comparing absolute sectors sees a write to
- * sda1 through sda and the other way round.
+ * Absolute sectors are compared, which sees a write to sda1 through sda and the
+ * other way round.
  *
+ * Context: RCU read-side section.
  * Return: false when they do not touch.
  */
 static __always_inline bool stb_tracker_range(struct stb_tracker *t,
+					      sector_t nr_sect,
 					      struct bio *bio,
 					      struct stb_range *r)
 {
-	sector_t first = bio->bi_iter.bi_sector;
-	sector_t end;
+	sector_t first = stb_bio_sector(bio);
+	sector_t end = first + bio_sectors(bio);
 
-	if (!bio_flagged(bio, BIO_REMAPPED))
-		first += bio->bi_bdev->bd_start_sect;
-	end = first + bio_sectors(bio);
-	if (end <= t->start || first >= t->start + t->nr_sect)
+	if (end <= t->start || first >= t->start + nr_sect)
 		return false;
 	r->first = max(first, t->start) - t->start;
-	r->end = min(end, t->start + t->nr_sect) - t->start;
+	r->end = min(end, t->start + nr_sect) - t->start;
 	return true;
 }
 

@@ -19,7 +19,7 @@
 #include <linux/types.h>
 
 /* Raised by every change that an older user space would misread. */
-#define STILLBLOCK_ABI			1
+#define STILLBLOCK_ABI			2
 
 #define STILLBLOCK_DEVICE		"/dev/stillblock"
 
@@ -74,6 +74,9 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_FAILED		= 26,	/* the snapshot has failed before */
 	STILLBLOCK_REASON_INTERRUPTED		= 27,	/* a signal ended the take */
 	STILLBLOCK_REASON_BAD_BLOCK_SIZE	= 28,
+	STILLBLOCK_REASON_STORE_BUSY		= 29,	/* device or file is in use */
+	STILLBLOCK_REASON_FOREIGN_WRITE		= 30,	/* into the store, on an origin */
+	STILLBLOCK_REASON_OVERLOADED		= 31,	/* too many writes had to wait */
 };
 
 /**
@@ -119,8 +122,10 @@ struct stillblock_detach {
 
 /* The tracker belongs to a snapshot that is held. */
 #define STILLBLOCK_TRACKER_IN_SNAPSHOT	(1u << 0)
-/* The device has another size than at attach, or is gone. */
-#define STILLBLOCK_TRACKER_STALE	(1u << 1)
+/* The device has another size than its history: the next take begins a new one. */
+#define STILLBLOCK_TRACKER_RESIZED	(1u << 1)
+/* The device is gone; all that is left is to detach it. */
+#define STILLBLOCK_TRACKER_GONE		(1u << 2)
 
 /**
  * struct stillblock_tracker - one tracked device
@@ -165,6 +170,25 @@ struct stillblock_list {
 };
 
 /**
+ * struct stillblock_mark - call a range changed
+ * @tracker: id
+ * @offset: bytes
+ * @length: bytes, at least 1; the range is rounded outward to blocks
+ * @flags: zero
+ * @reason: out: enum stillblock_reason
+ *
+ * For changes that the hook could not see, such as those of a passthrough
+ * command. They count as made now.
+ */
+struct stillblock_mark {
+	__u64 tracker;
+	__u64 offset;
+	__u64 length;
+	__u32 flags;
+	__u32 reason;
+};
+
+/**
  * struct stillblock_extent - a range of the store's device
  * @offset: bytes from the start of the device that holds the file system
  * @length: bytes
@@ -175,17 +199,26 @@ struct stillblock_extent {
 };
 
 enum stillblock_store_kind {
-	/* Fully allocated extents of a file, on a device that is no origin. */
+	/*
+	 * Fully allocated extents of a file. On a device that is an origin they
+	 * have to be there before the take: afterwards such a piece is refused
+	 * with STORE_ON_ORIGIN, since blocks that a file system hands out then
+	 * may hold what the image still needs. The image reads as zeroes there,
+	 * and anybody else's write there fails the snapshot.
+	 */
 	STILLBLOCK_STORE_FILE	= 1,
 	/* Kernel memory, taken page by page as it is needed. */
 	STILLBLOCK_STORE_MEMORY	= 2,
+	/* A block device that nobody else uses. Its content is lost. */
+	STILLBLOCK_STORE_DEVICE	= 3,
 };
 
 /**
  * struct stillblock_store - a piece of difference storage
  * @kind: enum stillblock_store_kind
  * @file_fd: STORE_FILE: the file, open for writing; the module pins it
- *	against truncation for as long as the snapshot lives. Else -1
+ *	against truncation for as long as the snapshot lives. STORE_DEVICE: the
+ *	device, which the module opens exclusively. Else -1
  * @limit: STORE_MEMORY: most bytes to use. Else zero
  * @extents: STORE_FILE: array of struct stillblock_extent, from FIEMAP after
  *	fallocate and fsync
@@ -241,6 +274,7 @@ struct stillblock_take {
 #define STILLBLOCK_IOC_DETACH	_IOWR(STILLBLOCK_IOC_MAGIC, 0x02, struct stillblock_detach)
 #define STILLBLOCK_IOC_LIST	_IOWR(STILLBLOCK_IOC_MAGIC, 0x03, struct stillblock_list)
 #define STILLBLOCK_IOC_TAKE	_IOWR(STILLBLOCK_IOC_MAGIC, 0x04, struct stillblock_take)
+#define STILLBLOCK_IOC_MARK	_IOWR(STILLBLOCK_IOC_MAGIC, 0x05, struct stillblock_mark)
 
 enum stillblock_snapshot_state {
 	STILLBLOCK_STATE_HELD	= 1,	/* images are right */

@@ -22,6 +22,7 @@ STILLBLOCK_ASSERT_SIZE(stillblock_attach, 24);
 STILLBLOCK_ASSERT_SIZE(stillblock_detach, 16);
 STILLBLOCK_ASSERT_SIZE(stillblock_tracker, 72);
 STILLBLOCK_ASSERT_SIZE(stillblock_list, 16);
+STILLBLOCK_ASSERT_SIZE(stillblock_mark, 32);
 STILLBLOCK_ASSERT_SIZE(stillblock_extent, 16);
 STILLBLOCK_ASSERT_SIZE(stillblock_store, 32);
 STILLBLOCK_ASSERT_SIZE(stillblock_take, 64);
