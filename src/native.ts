@@ -59,8 +59,10 @@ export interface Tracker {
   /** Unit of change tracking, bytes. */
   readonly blockSizeBytes: number;
   readonly inSnapshot: boolean;
-  /** The device has another size than when it was attached, or is gone. */
-  readonly stale: boolean;
+  /** The device has another size than its history: the next take begins a new one. */
+  readonly resized: boolean;
+  /** The device is gone: all that is left is to detach it. */
+  readonly gone: boolean;
   /** UUID of the change history. */
   readonly generation: string;
   /** What changes are marked with now. */
@@ -157,6 +159,7 @@ interface NativeControl {
   list(): Promise<Tracker[]>;
   attach(path: string, blockSizeBytes: number): Promise<bigint>;
   detach(id: bigint): Promise<void>;
+  mark(id: bigint, offset: number, length: number): Promise<void>;
   take(request: TakeRequest): Promise<NativeSnapshot>;
   tryLock(): boolean;
   close(): void;
@@ -226,6 +229,18 @@ export class ControlDevice {
   /** Ends the tracking of a device, and with it its change history. */
   detach(id: bigint): Promise<void> {
     return this.#native.detach(id);
+  }
+
+  /**
+   * Calls a range of a tracked device changed, as of now: for changes that no write
+   * told of, such as those of a passthrough command.
+   *
+   * @param offset bytes
+   * @param length bytes, at least 1; rounded outward to tracking blocks
+   * @throws NativeError with `ERANGE` beyond the device's end
+   */
+  mark(id: bigint, offset: number, length: number): Promise<void> {
+    return this.#native.mark(id, offset, length);
   }
 
   /** Takes one snapshot of several devices at one instant. */

@@ -3,7 +3,7 @@
 import { Command } from 'commander';
 import { BlockDevices } from '../block-devices.ts';
 import { blockDeviceAt, type Disk, diskOf, openControl } from '../disks.ts';
-import { explain, reasonWords, StillblockError } from '../errors.ts';
+import { explain, reasonWords, StillblockError, usageError } from '../errors.ts';
 import type { ControlDevice } from '../native.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
@@ -12,7 +12,7 @@ import { type CommonOptions, example, newCommand, sizeOption } from './common.ts
 /** A tracked device as it is printed. */
 function toReport({ name, path, tracker }: Disk): object {
   const { id, sizeBytes, blockSizeBytes, generation, number } = tracker;
-  const { writes, heldWrites, inSnapshot, stale } = tracker;
+  const { writes, heldWrites, inSnapshot, resized, gone } = tracker;
   return {
     name,
     device: path,
@@ -24,13 +24,17 @@ function toReport({ name, path, tracker }: Disk): object {
     writes,
     heldWrites,
     inSnapshot,
-    stale,
+    resized,
+    gone,
   };
 }
 
 function stateOf({ tracker }: Disk): string {
-  if (tracker.stale) {
-    return 'gone or resized';
+  if (tracker.gone) {
+    return 'gone';
+  }
+  if (tracker.resized) {
+    return 'resized: the next backup is a full one';
   }
   return tracker.inSnapshot ? 'in a snapshot' : 'tracked';
 }
@@ -135,6 +139,34 @@ async function detach(paths: readonly string[], options: CommonOptions): Promise
   });
 }
 
+async function mark(
+  path: string,
+  options: CommonOptions & { readonly offset?: number; readonly length?: number },
+): Promise<void> {
+  await withControl(async (control) => {
+    const { path: found, tracker } = await findDisk(await listDisks(control), path);
+    const { sizeBytes } = tracker;
+    const offset = options.offset ?? 0;
+    const length = options.length ?? sizeBytes - offset;
+    if (length <= 0 || offset + length > sizeBytes) {
+      throw usageError(
+        `${found} has ${sizeBytes} bytes, and the range ends at ${offset + length}`,
+        'give --offset and --length within the device',
+      );
+    }
+    try {
+      await control.mark(tracker.id, offset, length);
+    } catch (error) {
+      throw explain(error, found);
+    }
+    if (options.json === true) {
+      printJson({ device: found, offset, length });
+      return;
+    }
+    printLine(`${found}: ${formatSize(length)} count as changed now`);
+  });
+}
+
 async function list(options: CommonOptions): Promise<void> {
   const disks = await withControl(listDisks);
   if (options.json === true) {
@@ -181,6 +213,21 @@ Examples:
         .argument('<DEV...>', 'tracked devices, by path or by name')
         .addHelpText('after', example('stillblock device detach /dev/sda'))
         .action(detach),
+    )
+    .addCommand(
+      newCommand('mark', 'call a range of a device changed')
+        .argument('<DEV>', 'tracked device, by path or by name')
+        .option('--offset <SIZE>', 'first byte (default: 0)', sizeOption)
+        .option('--length <SIZE>', 'bytes (default: to the end)', sizeOption)
+        .addHelpText(
+          'after',
+          `
+For changes that no write told of, such as those of a passthrough command.
+
+Example:
+  stillblock device mark /dev/sda --offset 1G --length 64K`,
+        )
+        .action(mark),
     )
     .addCommand(
       newCommand('list', 'list the tracked devices')

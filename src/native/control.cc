@@ -48,7 +48,8 @@ Napi::Value ToArray(Napi::Env env, Trackers& trackers) {
     object.Set("sizeBytes", static_cast<double>(tracker.nr_sect) * kSectorBytes);
     object.Set("blockSizeBytes", tracker.block_size);
     object.Set("inSnapshot", (tracker.flags & STILLBLOCK_TRACKER_IN_SNAPSHOT) != 0);
-    object.Set("stale", (tracker.flags & STILLBLOCK_TRACKER_STALE) != 0);
+    object.Set("resized", (tracker.flags & STILLBLOCK_TRACKER_RESIZED) != 0);
+    object.Set("gone", (tracker.flags & STILLBLOCK_TRACKER_GONE) != 0);
     object.Set("generation", UuidText(tracker.generation));
     object.Set("number", tracker.number);
     object.Set("writes", static_cast<double>(tracker.nr_writes));
@@ -138,6 +139,7 @@ Napi::Function Control::Define(Napi::Env env) {
                      {InstanceMethod<&Control::Info>("info"), InstanceMethod<&Control::List>("list"),
                       InstanceMethod<&Control::Attach>("attach"),
                       InstanceMethod<&Control::Detach>("detach"),
+                      InstanceMethod<&Control::Mark>("mark"),
                       InstanceMethod<&Control::Take>("take"),
                       InstanceMethod<&Control::TryLock>("tryLock"),
                       InstanceMethod<&Control::Close>("close")});
@@ -211,6 +213,25 @@ Napi::Value Control::Detach(const Napi::CallbackInfo& info) {
         detach.tracker = id;
         if (int error = Ioctl(device->get(), STILLBLOCK_IOC_DETACH, &detach)) {
           return Failure{.error = error, .call = "detach", .reason = detach.reason};
+        }
+        return Nothing();
+      },
+      Undefined);
+}
+
+Napi::Value Control::Mark(const Napi::CallbackInfo& info) {
+  Arguments arguments(info.Env());
+  struct stillblock_mark mark = {};
+  mark.tracker = arguments.Id(info[0], "id");
+  mark.offset = arguments.Count(info[1], "offset");
+  mark.length = arguments.Count(info[2], "length");
+  auto device = arguments.ok() ? Device(info.Env()) : nullptr;
+  if (!device) return {};
+  return Operation<Nothing>::Start(
+      info.Env(), "stillblock:mark",
+      [device, mark]() mutable -> Outcome<Nothing> {
+        if (int error = Ioctl(device->get(), STILLBLOCK_IOC_MARK, &mark)) {
+          return Failure{.error = error, .call = "mark", .reason = mark.reason};
         }
         return Nothing();
       },

@@ -29,6 +29,8 @@ class Control final : public Napi::ObjectWrap<Control> {
   Napi::Value Attach(const Napi::CallbackInfo& info);
   // detach(id: bigint): Promise<void>
   Napi::Value Detach(const Napi::CallbackInfo& info);
+  // mark(id, offset, length): Promise<void>; bytes
+  Napi::Value Mark(const Napi::CallbackInfo& info);
   // take({ trackers: bigint[], mounts: number[], stores: (StoreFile | number)[],
   // freezeTimeoutMs, lowWatermarkBytes }): Promise<Snapshot>; a number is a limit of memory
   Napi::Value Take(const Napi::CallbackInfo& info);

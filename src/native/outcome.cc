@@ -38,6 +38,9 @@ const char* ReasonName(uint32_t reason) {
     case STILLBLOCK_REASON_FAILED: return "FAILED";
     case STILLBLOCK_REASON_INTERRUPTED: return "INTERRUPTED";
     case STILLBLOCK_REASON_BAD_BLOCK_SIZE: return "BAD_BLOCK_SIZE";
+    case STILLBLOCK_REASON_STORE_BUSY: return "STORE_BUSY";
+    case STILLBLOCK_REASON_FOREIGN_WRITE: return "FOREIGN_WRITE";
+    case STILLBLOCK_REASON_OVERLOADED: return "OVERLOADED";
   }
   return nullptr;
 }
