@@ -309,6 +309,16 @@ static inline int stb_thaw_super(struct super_block *sb)
 #endif
 }
 
+/* Undo blk_freeze_queue_start(). */
+static inline void stb_unfreeze_queue(struct request_queue *q)
+{
+#if STB_KERNEL(6, 14)
+	blk_mq_unfreeze_queue_nomemrestore(q);
+#else
+	blk_mq_unfreeze_queue(q);
+#endif
+}
+
 /*
  * Disks of our own.
  */
@@ -328,6 +338,9 @@ static blk_qc_t name(struct bio *bio)					\
 }
 #endif
 
+/* Longest read of an image in one piece: what the block layer likes by default. */
+#define STB_IMAGE_MAX_SECT	2560
+
 /**
  * stb_alloc_disk() - allocate a bio-based disk for an image
  * @like: the origin, whose block sizes the image has
@@ -342,7 +355,7 @@ static inline struct gendisk *stb_alloc_disk(struct block_device *like)
 		.physical_block_size = bdev_physical_block_size(like),
 		.io_min = bdev_io_min(like),
 		.io_opt = bdev_io_opt(like),
-		.max_hw_sectors = BLK_DEF_MAX_SECTORS_CAP,
+		.max_hw_sectors = STB_IMAGE_MAX_SECT,
 	};
 
 	return blk_alloc_disk(&lim, NUMA_NO_NODE);
@@ -368,7 +381,7 @@ static inline struct gendisk *stb_alloc_disk(struct block_device *like)
 				      bdev_physical_block_size(like));
 	blk_queue_io_min(disk->queue, bdev_io_min(like));
 	blk_queue_io_opt(disk->queue, bdev_io_opt(like));
-	blk_queue_max_hw_sectors(disk->queue, BLK_DEF_MAX_SECTORS);
+	blk_queue_max_hw_sectors(disk->queue, STB_IMAGE_MAX_SECT);
 	return disk;
 #endif
 }

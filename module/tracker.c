@@ -172,7 +172,7 @@ static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
 	blk_freeze_queue_start(q);
 	if (blk_mq_freeze_queue_wait_timeout(q, left) <= 0)
 		ret = -ETIMEDOUT;
-	blk_mq_unfreeze_queue(q);
+	stb_unfreeze_queue(q);
 	return ret;
 }
 
