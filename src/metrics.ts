@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * Metrics for Prometheus, by HTTP at `/metrics` on an address of their own. What they say
+ * is looked up when they are asked for, so no fact is kept in two places.
+ */
+import { lstat, rm } from 'node:fs/promises';
+import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
+import { type AddressInfo, connect, isIPv6 } from 'node:net';
+import { resolve as resolvePath } from 'node:path';
+import { umask } from 'node:process';
+import { Counter, Gauge, Histogram, Registry } from 'prom-client';
+import {
+  DURATION_BOUNDS_SECONDS,
+  type ExportFigures,
+  REQUEST_KINDS,
+  type RequestKind,
+} from '../nbd/figures.ts';
+import type { ListenAddress } from '../nbd/server.ts';
+import type { BackupDescription } from './backup-report.ts';
+import { StillblockError, usageError } from './errors.ts';
+import { DEFAULT_HOST, explainListen } from './listen.ts';
+
+/** What the metrics are made of. */
+export interface Measured {
+  readonly nbd: NbdFigures;
+  /** Of a running backup. */
+  readonly backup?: BackupDescription;
+}
+
+/** The figures of an NBD server. */
+export interface NbdFigures {
+  /** Connections in handshake, now. */
+  readonly handshakes: number;
+  /** Connections in transmission, now. */
+  readonly connections: number;
+  /** Connections since the server began. */
+  readonly accepted: number;
+  /** Data that is being read or sent. */
+  readonly bytesInFlight: number;
+  /** By the name of the export. */
+  readonly exports: ReadonlyMap<string, ExportFigures>;
+}
+
+/** One line of a metric, without its name. */
+interface Sample {
+  readonly labels: Readonly<Record<string, string>>;
+  readonly value: number;
+}
+
+type MetricDefinition = {
+  readonly type: 'counter' | 'gauge';
+  readonly name: string;
+  readonly help: string;
+  readonly labelNames: readonly string[];
+  readonly samples: (measured: Measured) => readonly Sample[];
+};
+
+const SNAPSHOT_STATES: readonly BackupDescription['state'][] = [
+  'preparing',
+  'taking',
+  'serving',
+  'failed',
+  'ending',
+  'ended',
+];
+
+function perRequest(
+  { nbd }: Measured,
+  value: (figures: ExportFigures, kind: RequestKind) => number,
+): Sample[] {
+  return [...nbd.exports].flatMap(([name, figures]) =>
+    REQUEST_KINDS.map((kind) => ({
+      labels: { export: name, command: kind },
+      value: value(figures, kind),
+    })),
+  );
+}
+
+function one(value: number | undefined): Sample[] {
+  return value === undefined ? [] : [{ labels: {}, value }];
+}
+
+function invalidCheckpoints(backup: BackupDescription): Sample[] {
+  return backup.disks.flatMap(({ name, full }) => {
+    const reasons = new Map<string, number>();
+    for (const { why } of full) {
+      reasons.set(why, (reasons.get(why) ?? 0) + 1);
+    }
+    return [...reasons].map(([reason, value]) => ({ labels: { disk: name, reason }, value }));
+  });
+}
+
+const DEFINITIONS: readonly MetricDefinition[] = [
+  {
+    type: 'gauge',
+    name: 'stillblock_nbd_handshakes',
+    help: 'Clients that have not chosen an export yet',
+    labelNames: [],
+    samples: ({ nbd }) => one(nbd.handshakes),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_nbd_connections',
+    help: 'Clients that are served',
+    labelNames: [],
+    samples: ({ nbd }) => one(nbd.connections),
+  },
+  {
+    type: 'counter',
+    name: 'stillblock_nbd_connections_total',
+    help: 'Clients that have connected',
+    labelNames: [],
+    samples: ({ nbd }) => one(nbd.accepted),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_nbd_in_flight_bytes',
+    help: 'Data that is being read or sent',
+    labelNames: [],
+    samples: ({ nbd }) => one(nbd.bytesInFlight),
+  },
+  {
+    type: 'counter',
+    name: 'stillblock_nbd_read_bytes_total',
+    help: 'Data in replies, without holes',
+    labelNames: ['export'],
+    samples: ({ nbd }) =>
+      [...nbd.exports].map(([name, { readBytes }]) => ({
+        labels: { export: name },
+        value: readBytes,
+      })),
+  },
+  {
+    type: 'counter',
+    name: 'stillblock_nbd_request_errors_total',
+    help: 'Requests that were answered by an error',
+    labelNames: ['export', 'command'],
+    samples: (measured) => perRequest(measured, ({ requests }, kind) => requests[kind].errors),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_snapshot_state',
+    help: 'One for the state that the backup is in, zero for the others',
+    labelNames: ['state'],
+    samples: ({ backup }) =>
+      backup === undefined
+        ? []
+        : SNAPSHOT_STATES.map((state) => ({
+            labels: { state },
+            value: state === backup.state ? 1 : 0,
+          })),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_snapshot_freeze_seconds',
+    help: 'How long file systems were frozen',
+    labelNames: [],
+    samples: ({ backup }) =>
+      one(backup?.freezeMs === undefined ? undefined : backup.freezeMs / 1000),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_snapshot_gate_seconds',
+    help: 'How long writes were held for the switch',
+    labelNames: [],
+    samples: ({ backup }) => one(backup?.gateMs === undefined ? undefined : backup.gateMs / 1000),
+  },
+  {
+    type: 'counter',
+    name: 'stillblock_held_writes_total',
+    help: 'Writes that waited for copy-on-write',
+    labelNames: [],
+    samples: ({ backup }) => one(backup?.heldWrites),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_store_used_bytes',
+    help: 'Difference storage in use',
+    labelNames: [],
+    samples: ({ backup }) => one(backup?.store?.usedBytes),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_store_limit_bytes',
+    help: 'Difference storage that there is now; it may grow',
+    labelNames: [],
+    samples: ({ backup }) => one(backup?.store?.capacityBytes),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_disk_size_bytes',
+    help: 'Size of each disk of the snapshot',
+    labelNames: ['disk'],
+    samples: ({ backup }) =>
+      (backup?.disks ?? []).map(({ name, sizeBytes }) => ({
+        labels: { disk: name },
+        value: sizeBytes,
+      })),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_dirty_bytes',
+    help: 'What changed on a disk since a checkpoint, in whole blocks',
+    labelNames: ['disk', 'checkpoint'],
+    samples: ({ backup }) =>
+      (backup?.exports ?? []).flatMap(({ disk, checkpoint, dirtyBytes }) =>
+        checkpoint === undefined || dirtyBytes === undefined
+          ? []
+          : [{ labels: { disk, checkpoint }, value: dirtyBytes }],
+      ),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_invalid_checkpoints',
+    help: 'Checkpoints since which the changes of a disk are not known, by reason',
+    labelNames: ['disk', 'reason'],
+    samples: ({ backup }) => (backup === undefined ? [] : invalidCheckpoints(backup)),
+  },
+];
+
+/** A metric whose value is set anew each time. */
+function addMetric(registry: Registry, of: () => Measured, definition: MetricDefinition): void {
+  const { type, name, help, labelNames, samples } = definition;
+  const configuration = { name, help, labelNames: [...labelNames], registers: [registry] };
+  if (type === 'counter') {
+    new Counter({
+      ...configuration,
+      collect() {
+        this.reset();
+        for (const { labels, value } of samples(of())) {
+          this.inc({ ...labels }, value);
+        }
+      },
+    });
+  } else {
+    new Gauge({
+      ...configuration,
+      collect() {
+        this.reset();
+        for (const { labels, value } of samples(of())) {
+          this.set({ ...labels }, value);
+        }
+      },
+    });
+  }
+}
+
+/** A value of a histogram, as prom-client writes them out. */
+interface HistogramValue {
+  readonly metricName: string;
+  readonly labels: Readonly<Record<string, string>>;
+  readonly value: number;
+}
+
+const DURATION = 'stillblock_nbd_request_duration_seconds';
+
+function durationValues({ nbd }: Measured): HistogramValue[] {
+  const values: HistogramValue[] = [];
+  for (const [name, { requests }] of nbd.exports) {
+    for (const kind of REQUEST_KINDS) {
+      const labels = { export: name, command: kind };
+      const { durations, seconds } = requests[kind];
+      let count = 0;
+      for (const [index, inClass] of durations.entries()) {
+        count += inClass;
+        const bound = DURATION_BOUNDS_SECONDS[index];
+        const le = bound === undefined ? '+Inf' : String(bound);
+        values.push({ metricName: `${DURATION}_bucket`, labels: { ...labels, le }, value: count });
+      }
+      values.push({ metricName: `${DURATION}_sum`, labels, value: seconds });
+      values.push({ metricName: `${DURATION}_count`, labels, value: count });
+    }
+  }
+  return values;
+}
+
+/**
+ * Durations that the engines have counted already: prom-client's own histogram can only
+ * be told one observation at a time.
+ */
+class CountedDurations extends Histogram<string> {
+  readonly #of: () => Measured;
+
+  constructor(registry: Registry, of: () => Measured) {
+    super({
+      name: DURATION,
+      help: 'From a request to its whole reply being handed to the socket',
+      labelNames: ['export', 'command'],
+      buckets: [...DURATION_BOUNDS_SECONDS],
+      registers: [registry],
+    });
+    this.#of = of;
+  }
+
+  override async get(): ReturnType<Histogram<string>['get']> {
+    const values = durationValues(this.#of());
+    return { ...(await super.get()), values };
+  }
+
+  /** What the registry prefers to `get` when it writes text. */
+  getForPromString(): ReturnType<Histogram<string>['get']> {
+    return this.get();
+  }
+}
+
+/** The metrics as text, in Prometheus' format. */
+export class Metrics {
+  readonly #registry: Registry = new Registry();
+
+  /** @param measure looks all figures up */
+  constructor(measure: () => Measured) {
+    // Asked for once per scrape, so that all metrics of it are of one moment.
+    let measured: Measured | undefined;
+    const of = (): Measured => {
+      if (measured === undefined) {
+        measured = measure();
+        queueMicrotask(() => {
+          measured = undefined;
+        });
+      }
+      return measured;
+    };
+    for (const definition of DEFINITIONS) {
+      addMetric(this.#registry, of, definition);
+    }
+    new CountedDurations(this.#registry, of);
+  }
+
+  get contentType(): string {
+    return this.#registry.contentType;
+  }
+
+  text(): Promise<string> {
+    return this.#registry.metrics();
+  }
+}
+
+/** A scrape sends no body, and a few hundred bytes of headers. */
+const HEADER_BYTES = 16 * 1024;
+/** Prometheus gives up after ten seconds by default. */
+const REQUEST_MS = 10_000;
+/** One scraper or two, and a person who looks. */
+const CONNECTIONS = 16;
+
+/**
+ * Reads the value of `--metrics`: a path with a slash, or `[HOST:]PORT`, with an IPv6
+ * address in brackets.
+ *
+ * @throws StillblockError with one line that says what to change
+ */
+export function planMetrics(text: string): ListenAddress {
+  if (text.includes('/')) {
+    return { path: text };
+  }
+  const match = /^(?:(?:\[([^\]]+)\]|([^:[\]]+)):)?([0-9]{1,5})$/.exec(text);
+  const port = Number(match?.[3]);
+  if (match === null || port > 65_535) {
+    throw usageError(
+      `--metrics ${JSON.stringify(text)} is no address`,
+      'give PORT, HOST:PORT, or the path of a unix socket with a slash in it',
+    );
+  }
+  return { host: match[1] ?? match[2] ?? DEFAULT_HOST, port };
+}
+
+/** Where the metrics are. */
+export interface MetricsServer {
+  /** What to scrape: a URL, or the path of the socket. */
+  readonly where: string;
+  close(): Promise<void>;
+}
+
+async function answer(
+  metrics: Metrics,
+  request: IncomingMessage,
+  response: ServerResponse,
+): Promise<void> {
+  request.resume();
+  if (request.url !== '/metrics') {
+    response.writeHead(404, { 'content-type': 'text/plain' }).end('only /metrics is here\n');
+  } else if (request.method !== 'GET' && request.method !== 'HEAD') {
+    response.writeHead(405, { allow: 'GET, HEAD' }).end();
+  } else {
+    const text = await metrics.text();
+    response.writeHead(200, { 'content-type': metrics.contentType }).end(text);
+  }
+}
+
+function listen(server: Server, address: ListenAddress): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once('error', reject);
+    if ('path' in address) {
+      // The socket is made, with its mode, before listen() returns.
+      const before = umask(0o177);
+      server.listen(address.path, resolve);
+      umask(before);
+    } else {
+      server.listen({ host: address.host, port: address.port, exclusive: true }, resolve);
+    }
+  });
+}
+
+/** Removes the socket of a process that was killed. One that answers stays in the way. */
+async function removeStale(path: string): Promise<void> {
+  const found = await lstat(path).catch(() => undefined);
+  if (found?.isSocket() !== true) {
+    return;
+  }
+  const alive = await new Promise<boolean>((resolve) => {
+    const probe = connect({ path });
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    probe.once('error', () => resolve(false));
+  });
+  if (!alive) {
+    await rm(path, { force: true });
+  }
+}
+
+/**
+ * Serves metrics until it is closed.
+ *
+ * @param measure looks all figures up, once per scrape
+ * @throws StillblockError if it cannot listen there
+ */
+export async function startMetrics(
+  wanted: ListenAddress,
+  measure: () => Measured,
+): Promise<MetricsServer> {
+  const address = 'path' in wanted ? { path: resolvePath(wanted.path) } : wanted;
+  const metrics = new Metrics(measure);
+  const server = createServer(
+    { maxHeaderSize: HEADER_BYTES, requestTimeout: REQUEST_MS, headersTimeout: REQUEST_MS },
+    (request, response) => {
+      answer(metrics, request, response).catch(() => response.destroy());
+    },
+  );
+  server.maxConnections = CONNECTIONS;
+  try {
+    if ('path' in address) {
+      await removeStale(address.path);
+    }
+    await listen(server, address);
+  } catch (error) {
+    const { code, message } = explainListen(address, error);
+    throw new StillblockError(code, message, 'choose another address with --metrics', {
+      cause: error,
+    });
+  }
+  const { port } = 'path' in address ? { port: 0 } : (server.address() as AddressInfo);
+  const close = async (): Promise<void> => {
+    await new Promise<void>((resolve) => {
+      server.close(() => resolve());
+      server.closeAllConnections();
+    });
+  };
+  if ('path' in address) {
+    return { where: address.path, close };
+  }
+  const host = isIPv6(address.host) ? `[${address.host}]` : address.host;
+  return { where: `http://${host}:${port}/metrics`, close };
+}
