@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Other people's clients. One that is missing fails the test that needs it. */
 import { execFile } from 'node:child_process';
-import { accessSync, constants } from 'node:fs';
 import { open } from 'node:fs/promises';
 import { join } from 'node:path';
+import test, { type ExecutionContext } from 'ava';
 import type { Extent } from '../../nbd/extents.ts';
 import { cacheFolder } from '../vm/checkout.ts';
 
@@ -43,24 +43,50 @@ export async function run(command: string, args: readonly string[], cwd?: string
   return stdout;
 }
 
-/**
- * A client of the next Debian release, as scripts/clients.sh unpacked it.
- *
- * @throws Error if it is not there
- */
-export function trixie(tool: string): string {
-  const path = join(cacheFolder, 'clients/trixie/bin', tool);
-  try {
-    accessSync(path, constants.X_OK);
-  } catch (cause) {
-    throw new Error(`${path} is missing: run scripts/clients.sh`, { cause });
+/** The clients of one Debian release. */
+export class Release {
+  readonly name: string;
+  /** What precedes a tool's name. */
+  readonly #folder: string;
+
+  constructor(name: string, folder: string) {
+    this.name = name;
+    this.#folder = folder;
   }
-  return path;
+
+  /** Path of a tool. */
+  tool(name: string): string {
+    return join(this.#folder, name);
+  }
+
+  run(name: string, args: readonly string[], cwd?: string): Promise<string> {
+    return run(this.tool(name), args, cwd);
+  }
+
+  tryRun(name: string, args: readonly string[], cwd?: string): Promise<Finished> {
+    return tryRun(this.tool(name), args, cwd);
+  }
+
+  /** Runs a Python script with libnbd. The URIs and paths that it needs are its arguments. */
+  python(script: string, ...args: string[]): Promise<string> {
+    return this.run('python3', ['-c', `import sys, nbd\n${script}`, ...args]);
+  }
 }
 
-/** Runs a Python script with libnbd. The URIs and paths that it needs are its arguments. */
-export function python(script: string, ...args: string[]): Promise<string> {
-  return run('/usr/bin/python3', ['-c', `import sys, nbd\n${script}`, ...args]);
+/** This machine's own clients, which know no extended headers. */
+export const BOOKWORM: Release = new Release('bookworm', '/usr/bin');
+/** Those that scripts/clients.sh has unpacked: they ask for extended headers. */
+export const TRIXIE: Release = new Release('trixie', join(cacheFolder, 'clients/trixie/bin'));
+export const RELEASES: readonly Release[] = [BOOKWORM, TRIXIE];
+
+/** Declares a test for the clients of each release. */
+export function testReleases(
+  title: string,
+  body: (t: ExecutionContext, client: Release) => Promise<void>,
+): void {
+  for (const release of RELEASES) {
+    test(`${title} (${release.name})`, (t) => body(t, release));
+  }
 }
 
 /** Writes a sparse file: data at some places, holes elsewhere. */

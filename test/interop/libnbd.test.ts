@@ -2,12 +2,11 @@
 /** libnbd's tools and its Python binding against served exports. */
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import test from 'ava';
 import { diskExports, openFileSource } from '../../nbd/export.ts';
 import { ExtentMap } from '../../nbd/extents.ts';
 import type { NbdServer } from '../../nbd/server.ts';
 import { exportOf, folder, MemorySource, pattern, world } from '../nbd/world.ts';
-import { python, run, tryRun } from './clients.ts';
+import { type Release, TRIXIE, testReleases } from './clients.ts';
 
 const MIB = 1 << 20;
 const SIZE = 8 * MIB;
@@ -61,16 +60,20 @@ const FIELDS = {
   'export-size': SIZE,
   'export-size-str': '8M',
 } as const;
+/** What libnbd 1.18 and newer also show, because they ask for it. */
+const EXTENDED = { extended: true } as const;
+const EXTENDED_FIELDS = { can_block_status_payload: true } as const;
 const IMAGE_CONTEXTS = ['base:allocation', 'qemu:dirty-bitmap:monday', 'qemu:dirty-bitmap:tuesday'];
 
-test('nbdinfo shows every field as it is', async (t) => {
+testReleases('nbdinfo shows every field as it is', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
   const uri = uriOf(server);
-  const info: unknown = JSON.parse(await run('nbdinfo', ['--json', uri]));
+  const info: unknown = JSON.parse(await client.run('nbdinfo', ['--json', uri]));
   t.deepEqual(info, {
     protocol: 'newstyle-fixed',
     TLS: false,
     structured: true,
+    ...(client === TRIXIE && EXTENDED),
     exports: [
       {
         'export-name': 'sda',
@@ -79,14 +82,17 @@ test('nbdinfo shows every field as it is', async (t) => {
         uri,
         contexts: IMAGE_CONTEXTS,
         ...FIELDS,
+        ...(client === TRIXIE && EXTENDED_FIELDS),
       },
     ],
   });
 });
 
-test('nbdinfo --list shows the image and its delta exports', async (t) => {
+testReleases('nbdinfo --list shows the image and its delta exports', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  const list: unknown = JSON.parse(await run('nbdinfo', ['--list', '--json', uriOf(server, '')]));
+  const list: unknown = JSON.parse(
+    await client.run('nbdinfo', ['--list', '--json', uriOf(server, '')]),
+  );
   const description = 'first disk: changes since checkpoint';
   const entry = (name: string, text: string, contexts: string[]): object => ({
     'export-name': name,
@@ -94,11 +100,13 @@ test('nbdinfo --list shows the image and its delta exports', async (t) => {
     uri: uriOf(server, name),
     contexts,
     ...FIELDS,
+    ...(client === TRIXIE && EXTENDED_FIELDS),
   });
   t.deepEqual(list, {
     protocol: 'newstyle-fixed',
     TLS: false,
     structured: true,
+    ...(client === TRIXIE && EXTENDED),
     exports: [
       entry('sda', 'first disk', IMAGE_CONTEXTS),
       entry('sda@monday', `${description} monday`, ['base:allocation']),
@@ -107,51 +115,61 @@ test('nbdinfo --list shows the image and its delta exports', async (t) => {
   });
 });
 
-async function mapOf(uri: string, context: string): Promise<[number, number, string][]> {
-  const text = await run('nbdinfo', [`--map=${context}`, '--json', uri]);
+async function mapOf(
+  client: Release,
+  uri: string,
+  context: string,
+): Promise<[number, number, string][]> {
+  const text = await client.run('nbdinfo', [`--map=${context}`, '--json', uri]);
   const map = JSON.parse(text) as { offset: number; length: number; description: string }[];
   return map.map(({ offset, length, description }) => [offset, length, description]);
 }
 
-test('nbdinfo --map shows holes of the image', async (t) => {
+testReleases('nbdinfo --map shows holes of the image', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  t.deepEqual(await mapOf(uriOf(server), 'base:allocation'), [
+  t.deepEqual(await mapOf(client, uriOf(server), 'base:allocation'), [
     [0, 2 * MIB, 'data'],
     [2 * MIB, 3 * MIB, 'hole,zero'],
     [5 * MIB, 3 * MIB, 'data'],
   ]);
 });
 
-test('nbdinfo --map shows what changed since each checkpoint, in whole blocks', async (t) => {
-  const { server } = await world(t, exportsOfDisk());
-  t.deepEqual(await mapOf(uriOf(server), 'qemu:dirty-bitmap:monday'), [
-    [0, MIB, 'clean'],
-    [MIB, 65_536, 'dirty'],
-    [MIB + 65_536, 3 * MIB - 65_536, 'clean'],
-    [4 * MIB, 2 * MIB, 'dirty'],
-    [6 * MIB, 2 * MIB, 'clean'],
-  ]);
-  t.deepEqual(await mapOf(uriOf(server), 'qemu:dirty-bitmap:tuesday'), [
-    [0, SIZE - 65_536, 'clean'],
-    [SIZE - 65_536, 65_536, 'dirty'],
-  ]);
-});
+testReleases(
+  'nbdinfo --map shows what changed since each checkpoint, in whole blocks',
+  async (t, client) => {
+    const { server } = await world(t, exportsOfDisk());
+    t.deepEqual(await mapOf(client, uriOf(server), 'qemu:dirty-bitmap:monday'), [
+      [0, MIB, 'clean'],
+      [MIB, 65_536, 'dirty'],
+      [MIB + 65_536, 3 * MIB - 65_536, 'clean'],
+      [4 * MIB, 2 * MIB, 'dirty'],
+      [6 * MIB, 2 * MIB, 'clean'],
+    ]);
+    t.deepEqual(await mapOf(client, uriOf(server), 'qemu:dirty-bitmap:tuesday'), [
+      [0, SIZE - 65_536, 'clean'],
+      [SIZE - 65_536, 65_536, 'dirty'],
+    ]);
+  },
+);
 
-test('nbdinfo --map shows a delta export: unchanged a hole that is not zero', async (t) => {
-  const { server } = await world(t, exportsOfDisk());
-  t.deepEqual(await mapOf(uriOf(server, 'sda@monday'), 'base:allocation'), [
-    [0, MIB, 'hole'],
-    [MIB, 65_536, 'data'],
-    [MIB + 65_536, 3 * MIB - 65_536, 'hole'],
-    [4 * MIB, MIB, 'hole,zero'],
-    [5 * MIB, MIB, 'data'],
-    [6 * MIB, 2 * MIB, 'hole'],
-  ]);
-});
+testReleases(
+  'nbdinfo --map shows a delta export: unchanged a hole that is not zero',
+  async (t, client) => {
+    const { server } = await world(t, exportsOfDisk());
+    t.deepEqual(await mapOf(client, uriOf(server, 'sda@monday'), 'base:allocation'), [
+      [0, MIB, 'hole'],
+      [MIB, 65_536, 'data'],
+      [MIB + 65_536, 3 * MIB - 65_536, 'hole'],
+      [4 * MIB, MIB, 'hole,zero'],
+      [5 * MIB, MIB, 'data'],
+      [6 * MIB, 2 * MIB, 'hole'],
+    ]);
+  },
+);
 
-test('nbdinfo of an export that does not exist fails', async (t) => {
+testReleases('nbdinfo of an export that does not exist fails', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  const { code, stderr } = await tryRun('nbdinfo', [uriOf(server, 'none')]);
+  const { code, stderr } = await client.tryRun('nbdinfo', [uriOf(server, 'none')]);
   t.not(code, 0);
   t.regex(stderr, /No such file or directory for export: none/);
 });
@@ -161,54 +179,57 @@ for (const [what, address] of [
   ['IPv6', { host: '::1', port: 0 }],
   ['a unix socket', undefined],
 ] as const) {
-  test(`nbdcopy over ${what} with several connections copies every byte`, async (t) => {
-    const { server } = await world(t, exportsOfDisk());
-    if (address !== undefined) {
-      await server.listen(address);
-    }
-    const uri = server.uris('sda').at(-1) ?? '';
-    const target = join(await folder(t), 'copy');
-    await run('nbdcopy', ['--connections=4', '--requests=64', uri, target]);
-    t.true((await readFile(target)).equals(content()));
-    await run('nbdcopy', ['--no-extents', '--request-size=2097152', uri, target]);
-    t.true((await readFile(target)).equals(content()));
-  });
+  testReleases(
+    `nbdcopy over ${what} with several connections copies every byte`,
+    async (t, client) => {
+      const { server } = await world(t, exportsOfDisk());
+      if (address !== undefined) {
+        await server.listen(address);
+      }
+      const uri = server.uris('sda').at(-1) ?? '';
+      const target = join(await folder(t), 'copy');
+      await client.run('nbdcopy', ['--connections=4', '--requests=64', uri, target]);
+      t.true((await readFile(target)).equals(content()));
+      await client.run('nbdcopy', ['--no-extents', '--request-size=2097152', uri, target]);
+      t.true((await readFile(target)).equals(content()));
+    },
+  );
 }
 
-test('nbdcopy of a delta export safely makes a full copy', async (t) => {
+testReleases('nbdcopy of a delta export safely makes a full copy', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
   const target = join(await folder(t), 'copy');
-  await run('nbdcopy', [uriOf(server, 'sda@monday'), target]);
+  await client.run('nbdcopy', [uriOf(server, 'sda@monday'), target]);
   t.true((await readFile(target)).equals(content()));
 });
 
-test('nbdcopy of a file that is served from disk', async (t) => {
+testReleases('nbdcopy of a file that is served from disk', async (t, client) => {
   const home = await folder(t);
   const data = pattern(20 * MIB + 12_345);
   await writeFile(join(home, 'disk'), data);
   const source = await openFileSource(join(home, 'disk'));
   const exports = diskExports({ name: 'd', description: '', source, checkpoints: [] });
   const { server } = await world(t, exports);
-  await run('nbdcopy', ['--connections=4', uriOf(server, 'd'), join(home, 'copy')]);
+  await client.run('nbdcopy', ['--connections=4', uriOf(server, 'd'), join(home, 'copy')]);
   t.true((await readFile(join(home, 'copy'))).equals(data));
   await server.close();
   await source.close();
 });
 
-test('nbdcopy fails where a read fails', async (t) => {
+testReleases('nbdcopy fails where a read fails', async (t, client) => {
   const source = new MemorySource(content());
   source.faultAt = 7 * MIB;
   const { server } = await world(t, exportsOfDisk(source));
-  const { code, stderr } = await tryRun('nbdcopy', [uriOf(server), 'null:']);
+  const { code, stderr } = await client.tryRun('nbdcopy', [uriOf(server), 'null:']);
   t.not(code, 0);
   t.regex(stderr, /Input\/output error/);
 });
 
 // ---- scripts, as the author of a backup proxy writes them
 
-test('libnbd reads with structured replies, chunk by chunk', async (t) => {
+testReleases('libnbd reads with structured replies, chunk by chunk', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  const output = await python(
+  const output = await client.python(
     `
 h = nbd.NBD()
 h.set_export_name("sda")
@@ -231,11 +252,11 @@ h.shutdown()
   );
 });
 
-test('libnbd reads with simple replies, and with DF', async (t) => {
+testReleases('libnbd reads with simple replies, and with DF', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
   const path = join(await folder(t), 'expected');
   await writeFile(path, content());
-  await python(
+  await client.python(
     `
 expected = open(sys.argv[2], "rb").read()
 h = nbd.NBD()
@@ -269,9 +290,9 @@ h.shutdown()
   t.pass();
 });
 
-test('libnbd asks for several contexts at once', async (t) => {
+testReleases('libnbd asks for several contexts at once', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  const output = await python(
+  const output = await client.python(
     `
 import json
 h = nbd.NBD()
@@ -320,7 +341,7 @@ h.shutdown()
   });
 });
 
-test('libnbd walks a disk of 16 TiB with questions of nearly 4 GiB', async (t) => {
+testReleases('libnbd walks a disk of 16 TiB with questions of nearly 4 GiB', async (t, client) => {
   const size = 2 ** 44;
   const block = 65_536;
   const dirty = Array.from({ length: 3000 }, (_, index) => ({
@@ -335,7 +356,7 @@ test('libnbd walks a disk of 16 TiB with questions of nearly 4 GiB', async (t) =
     checkpoints: [{ name: 'monday', dirty, blockSizeBytes: block }],
   });
   const { server } = await world(t, exports);
-  const output = await python(
+  const output = await client.python(
     `
 size = 1 << 44
 h = nbd.NBD()
@@ -366,10 +387,12 @@ h.shutdown()
   t.is(output.trim(), `${expected} 4097`);
 });
 
-test('libnbd is refused what a read-only export can not do, and goes on', async (t) => {
-  const { server } = await world(t, exportsOfDisk());
-  await python(
-    `
+testReleases(
+  'libnbd is refused what a read-only export can not do, and goes on',
+  async (t, client) => {
+    const { server } = await world(t, exportsOfDisk());
+    await client.python(
+      `
 h = nbd.NBD()
 h.set_strict_mode(0)
 h.connect_uri(sys.argv[1])
@@ -389,14 +412,15 @@ h.flush()
 assert len(h.pread(512, 0)) == 512
 h.shutdown()
 `,
-    uriOf(server),
-  );
-  t.pass();
-});
+      uriOf(server),
+    );
+    t.pass();
+  },
+);
 
-test('libnbd in its option mode lists, asks and goes', async (t) => {
+testReleases('libnbd in its option mode lists, asks and goes', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
-  const output = await python(
+  const output = await client.python(
     `
 h = nbd.NBD()
 h.set_opt_mode(True)
@@ -434,11 +458,11 @@ h.opt_abort()
   );
 });
 
-test('libnbd keeps 64 requests in flight on each of 4 connections', async (t) => {
+testReleases('libnbd keeps 64 requests in flight on each of 4 connections', async (t, client) => {
   const { server } = await world(t, exportsOfDisk());
   const path = join(await folder(t), 'expected');
   await writeFile(path, content());
-  await python(
+  await client.python(
     `
 expected = open(sys.argv[2], "rb").read()
 handles = []
@@ -472,10 +496,10 @@ for h in handles:
   t.pass();
 });
 
-test('the default export is what libnbd gets that names none', async (t) => {
+testReleases('the default export is what libnbd gets that names none', async (t, client) => {
   const { server } = await world(t, [exportOf(new MemorySource(pattern(4096)), { name: 'only' })]);
-  const refused = await tryRun('nbdinfo', ['--size', uriOf(server, '')]);
+  const refused = await client.tryRun('nbdinfo', ['--size', uriOf(server, '')]);
   t.not(refused.code, 0);
   server.setDefaultExport('only');
-  t.is((await run('nbdinfo', ['--size', uriOf(server, '')])).trim(), '4096');
+  t.is((await client.run('nbdinfo', ['--size', uriOf(server, '')])).trim(), '4096');
 });

@@ -2,12 +2,12 @@
 /** QEMU's tools against served exports: full copies, maps, incrementals. */
 import { readFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import test, { type ExecutionContext } from 'ava';
+import type { ExecutionContext } from 'ava';
 import { type BlockSource, diskExports } from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import type { NbdServer } from '../../nbd/server.ts';
 import { folder, MemorySource, pattern, type World, world } from '../nbd/world.ts';
-import { run, tryRun } from './clients.ts';
+import { type Release, testReleases } from './clients.ts';
 
 const MIB = 1 << 20;
 const SIZE = 24 * MIB;
@@ -58,33 +58,44 @@ function firstUri(server: NbdServer, name: string): string {
   return uri;
 }
 
-test('qemu-img convert and compare: every byte, holes stay holes', async (t) => {
+testReleases('qemu-img convert and compare: every byte, holes stay holes', async (t, client) => {
   const data = contentWith(HOLES, 1);
   const { home, uri } = await served(t, new MemorySource(data));
   const raw = join(home, 'full.raw');
-  await run('qemu-img', ['convert', '-O', 'raw', uri(), raw]);
+  await client.run('qemu-img', ['convert', '-O', 'raw', uri(), raw]);
   t.true((await readFile(raw)).equals(data));
   t.true((await stat(raw)).blocks * 512 <= SIZE - 10 * MIB, 'it is as sparse as its source');
   const qcow2 = join(home, 'full.qcow2');
-  await run('qemu-img', ['convert', '-c', '-W', '-m', '8', '-O', 'qcow2', uri(), qcow2]);
-  await run('qemu-img', ['compare', '-f', 'raw', '-F', 'qcow2', uri(), qcow2]);
+  await client.run('qemu-img', ['convert', '-c', '-W', '-m', '8', '-O', 'qcow2', uri(), qcow2]);
+  await client.run('qemu-img', ['compare', '-f', 'raw', '-F', 'qcow2', uri(), qcow2]);
   await writeFile(raw, Buffer.concat([data.subarray(0, -1), Buffer.from([1])]));
-  const differs = await tryRun('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', uri(), raw]);
+  const differs = await client.tryRun('qemu-img', [
+    'compare',
+    '-f',
+    'raw',
+    '-F',
+    'raw',
+    uri(),
+    raw,
+  ]);
   t.is(differs.code, 1);
 });
 
-test('qemu-img convert over TCP, with one and with several coroutines', async (t) => {
-  const data = contentWith(HOLES, 1);
-  const { home, server } = await served(t, new MemorySource(data));
-  await server.listen({ host: '::1', port: 0 });
-  const uri = server.uris('sda').at(-1) ?? '';
-  t.regex(uri, /^nbd:\/\/\[::1\]/);
-  for (const coroutines of ['1', '16']) {
-    const target = join(home, `full-${coroutines}.raw`);
-    await run('qemu-img', ['convert', '-m', coroutines, '-W', '-O', 'raw', uri, target]);
-    t.true((await readFile(target)).equals(data));
-  }
-});
+testReleases(
+  'qemu-img convert over TCP, with one and with several coroutines',
+  async (t, client) => {
+    const data = contentWith(HOLES, 1);
+    const { home, server } = await served(t, new MemorySource(data));
+    await server.listen({ host: '::1', port: 0 });
+    const uri = server.uris('sda').at(-1) ?? '';
+    t.regex(uri, /^nbd:\/\/\[::1\]/);
+    for (const coroutines of ['1', '16']) {
+      const target = join(home, `full-${coroutines}.raw`);
+      await client.run('qemu-img', ['convert', '-m', coroutines, '-W', '-O', 'raw', uri, target]);
+      t.true((await readFile(target)).equals(data));
+    }
+  },
+);
 
 interface Mapped {
   start: number;
@@ -94,14 +105,19 @@ interface Mapped {
   data: boolean;
 }
 
-async function qemuMap(...args: string[]): Promise<[number, number, boolean, boolean][]> {
-  const map = JSON.parse(await run('qemu-img', ['map', '--output=json', ...args])) as Mapped[];
+async function qemuMap(
+  client: Release,
+  ...args: string[]
+): Promise<[number, number, boolean, boolean][]> {
+  const map = JSON.parse(
+    await client.run('qemu-img', ['map', '--output=json', ...args]),
+  ) as Mapped[];
   return map.map(({ start, length, zero, data }) => [start, length, zero, data]);
 }
 
-test('qemu-img map shows the holes', async (t) => {
+testReleases('qemu-img map shows the holes', async (t, client) => {
   const { uri } = await served(t, new MemorySource(contentWith(HOLES, 1)));
-  t.deepEqual(await qemuMap(uri()), [
+  t.deepEqual(await qemuMap(client, uri()), [
     [0, 2 * MIB, false, true],
     [2 * MIB, 6 * MIB, true, false],
     [8 * MIB, 12 * MIB, false, true],
@@ -109,19 +125,22 @@ test('qemu-img map shows the holes', async (t) => {
   ]);
 });
 
-test('qemu-img map with x-dirty-bitmap shows what is dirty as data: false', async (t) => {
-  const { path } = await served(t, new MemorySource(contentWith(HOLES, 1)), {
-    checkpoints: [{ name: 'monday', dirty: [{ offset: MIB, length: 65_536 }] }],
-  });
-  const image =
-    `driver=nbd,server.type=unix,server.path=${path},export=sda,` +
-    'x-dirty-bitmap=qemu:dirty-bitmap:monday';
-  t.deepEqual(await qemuMap('--image-opts', image), [
-    [0, MIB, false, true],
-    [MIB, 65_536, false, false],
-    [MIB + 65_536, SIZE - MIB - 65_536, false, true],
-  ]);
-});
+testReleases(
+  'qemu-img map with x-dirty-bitmap shows what is dirty as data: false',
+  async (t, client) => {
+    const { path } = await served(t, new MemorySource(contentWith(HOLES, 1)), {
+      checkpoints: [{ name: 'monday', dirty: [{ offset: MIB, length: 65_536 }] }],
+    });
+    const image =
+      `driver=nbd,server.type=unix,server.path=${path},export=sda,` +
+      'x-dirty-bitmap=qemu:dirty-bitmap:monday';
+    t.deepEqual(await qemuMap(client, '--image-opts', image), [
+      [0, MIB, false, true],
+      [MIB, 65_536, false, false],
+      [MIB + 65_536, SIZE - MIB - 65_536, false, true],
+    ]);
+  },
+);
 
 /** Two states of a disk, the second with changes of every kind. */
 function twoStates(): { before: Buffer; after: Buffer; dirty: Extent[]; holesAfter: Extent[] } {
@@ -154,47 +173,61 @@ function twoStates(): { before: Buffer; after: Buffer; dirty: Extent[]; holesAft
 for (const blockSizeBytes of [undefined, 65_536]) {
   const blocks = blockSizeBytes === undefined ? 'sectors' : '64 KiB blocks';
 
-  test(`qemu-img convert -B of a delta export copies the changes only, in ${blocks}`, async (t) => {
-    const { before, after, dirty, holesAfter } = twoStates();
-    const first = await served(t, new MemorySource(before));
-    const full = join(first.home, 'full.qcow2');
-    await run('qemu-img', ['convert', '-O', 'qcow2', first.uri(), full]);
+  testReleases(
+    `qemu-img convert -B of a delta export copies the changes only, in ${blocks}`,
+    async (t, client) => {
+      const { before, after, dirty, holesAfter } = twoStates();
+      const first = await served(t, new MemorySource(before));
+      const full = join(first.home, 'full.qcow2');
+      await client.run('qemu-img', ['convert', '-O', 'qcow2', first.uri(), full]);
 
-    const source = new MemorySource(after);
-    const checkpoint = { name: 'monday', dirty, ...(blockSizeBytes && { blockSizeBytes }) };
-    const second = await served(t, source, { holes: holesAfter, checkpoints: [checkpoint] });
-    const increment = join(first.home, 'inc.qcow2');
-    const delta = second.uri('sda@monday');
-    await run('qemu-img', [
-      ...['convert', '-O', 'qcow2', '-B', full, '-F', 'qcow2'],
-      delta,
-      increment,
-    ]);
-    const bytesRead = source.sizes.reduce((sum, size) => sum + size, 0);
-    t.true(bytesRead < MIB, `${bytesRead} bytes were read`);
-    t.true((await stat(increment)).size < 2 * MIB);
+      const source = new MemorySource(after);
+      const checkpoint = { name: 'monday', dirty, ...(blockSizeBytes && { blockSizeBytes }) };
+      const second = await served(t, source, { holes: holesAfter, checkpoints: [checkpoint] });
+      const increment = join(first.home, 'inc.qcow2');
+      const delta = second.uri('sda@monday');
+      await client.run('qemu-img', [
+        ...['convert', '-O', 'qcow2', '-B', full, '-F', 'qcow2'],
+        delta,
+        increment,
+      ]);
+      const bytesRead = source.sizes.reduce((sum, size) => sum + size, 0);
+      t.true(bytesRead < MIB, `${bytesRead} bytes were read`);
+      t.true((await stat(increment)).size < 2 * MIB);
 
-    await run('qemu-img', ['compare', '-f', 'qcow2', '-F', 'raw', increment, second.uri()]);
-    const chain = join(first.home, 'chain.raw');
-    await run('qemu-img', ['convert', '-O', 'raw', increment, chain]);
-    t.true((await readFile(chain)).equals(after));
-  });
+      await client.run('qemu-img', [
+        'compare',
+        '-f',
+        'qcow2',
+        '-F',
+        'raw',
+        increment,
+        second.uri(),
+      ]);
+      const chain = join(first.home, 'chain.raw');
+      await client.run('qemu-img', ['convert', '-O', 'raw', increment, chain]);
+      t.true((await readFile(chain)).equals(after));
+    },
+  );
 }
 
-test('qemu-img convert of a delta export without -B safely makes a full copy', async (t) => {
-  const { after, dirty, holesAfter } = twoStates();
-  const { home, uri } = await served(t, new MemorySource(after), {
-    holes: holesAfter,
-    checkpoints: [{ name: 'monday', dirty, blockSizeBytes: 65_536 }],
-  });
-  const target = join(home, 'full.raw');
-  await run('qemu-img', ['convert', '-O', 'raw', uri('sda@monday'), target]);
-  t.true((await readFile(target)).equals(after));
-});
+testReleases(
+  'qemu-img convert of a delta export without -B safely makes a full copy',
+  async (t, client) => {
+    const { after, dirty, holesAfter } = twoStates();
+    const { home, uri } = await served(t, new MemorySource(after), {
+      holes: holesAfter,
+      checkpoints: [{ name: 'monday', dirty, blockSizeBytes: 65_536 }],
+    });
+    const target = join(home, 'full.raw');
+    await client.run('qemu-img', ['convert', '-O', 'raw', uri('sda@monday'), target]);
+    t.true((await readFile(target)).equals(after));
+  },
+);
 
-test('qemu-img info names no format but raw, and the size', async (t) => {
+testReleases('qemu-img info names no format but raw, and the size', async (t, client) => {
   const { uri } = await served(t, new MemorySource(contentWith(HOLES, 1)));
-  const info = JSON.parse(await run('qemu-img', ['info', '--output=json', uri()])) as {
+  const info = JSON.parse(await client.run('qemu-img', ['info', '--output=json', uri()])) as {
     format: string;
     'virtual-size': number;
   };
@@ -202,22 +235,25 @@ test('qemu-img info names no format but raw, and the size', async (t) => {
   t.is(info['virtual-size'], SIZE);
 });
 
-test('an image whose size is no multiple of a sector is copied to its last byte', async (t) => {
-  const data = pattern(3 * MIB + 1000);
-  data[data.length - 1] = 0x5a;
-  const source = new MemorySource(data);
-  const { home, uri } = await served(t, source, { holes: [] });
-  await run('nbdcopy', [uri(), join(home, 'copy')]);
-  t.true((await readFile(join(home, 'copy'))).equals(data));
-  // QEMU counts in sectors and fills the last one with zeroes.
-  await run('qemu-img', ['convert', '-O', 'raw', uri(), join(home, 'qemu')]);
-  const copy = await readFile(join(home, 'qemu'));
-  t.true(copy.subarray(0, data.length).equals(data));
-  t.true(copy.subarray(data.length).every((byte) => byte === 0));
-});
+testReleases(
+  'an image whose size is no multiple of a sector is copied to its last byte',
+  async (t, client) => {
+    const data = pattern(3 * MIB + 1000);
+    data[data.length - 1] = 0x5a;
+    const source = new MemorySource(data);
+    const { home, uri } = await served(t, source, { holes: [] });
+    await client.run('nbdcopy', [uri(), join(home, 'copy')]);
+    t.true((await readFile(join(home, 'copy'))).equals(data));
+    // QEMU counts in sectors and fills the last one with zeroes.
+    await client.run('qemu-img', ['convert', '-O', 'raw', uri(), join(home, 'qemu')]);
+    const copy = await readFile(join(home, 'qemu'));
+    t.true(copy.subarray(0, data.length).equals(data));
+    t.true(copy.subarray(data.length).every((byte) => byte === 0));
+  },
+);
 
-async function qemuIo(uri: string, ...commands: string[]): Promise<string> {
-  const { stdout, stderr } = await tryRun('qemu-io', [
+async function qemuIo(client: Release, uri: string, ...commands: string[]): Promise<string> {
+  const { stdout, stderr } = await client.tryRun('qemu-io', [
     ...['-r', '-f', 'raw'],
     ...commands.flatMap((command) => ['-c', command]),
     uri,
@@ -225,10 +261,11 @@ async function qemuIo(uri: string, ...commands: string[]): Promise<string> {
   return stdout + stderr;
 }
 
-test('qemu-io reads what is there, at odd places, many at a time', async (t) => {
+testReleases('qemu-io reads what is there, at odd places, many at a time', async (t, client) => {
   const data = Buffer.alloc(SIZE, 0xab);
   const { uri } = await served(t, new MemorySource(data), { holes: [] });
   const output = await qemuIo(
+    client,
     uri(),
     'read -P 0xab 0 24M',
     'read -P 0xab 511 4097',
@@ -240,31 +277,40 @@ test('qemu-io reads what is there, at odd places, many at a time', async (t) => 
   t.notRegex(output, /failed|error/i);
 });
 
-test('qemu-io reports a read error, and the connection goes on', async (t) => {
+testReleases('qemu-io reports a read error, and the connection goes on', async (t, client) => {
   const source = new MemorySource(Buffer.alloc(SIZE, 0xab));
   source.faultAt = 10 * MIB;
   const { uri, log } = await served(t, source, { holes: [] });
-  const output = await qemuIo(uri(), 'read 10M 64k', 'read -P 0xab 11M 64k');
+  const output = await qemuIo(client, uri(), 'read 10M 64k', 'read -P 0xab 11M 64k');
   t.regex(output, /Input\/output error/);
   t.regex(output, /read 65536\/65536 bytes at offset 11534336/);
   t.true(log.lines.some(({ level, message }) => level === 'error' && message === 'read failed'));
 });
 
-test('qemu-img fails with EIO when the export has failed, never with wrong data', async (t) => {
-  const source = new MemorySource(contentWith(HOLES, 1));
-  const { home, uri, server } = await served(t, source);
-  server.failExports();
-  const target = join(home, 'full.raw');
-  const { code, stderr } = await tryRun('qemu-img', ['convert', '-O', 'raw', uri(), target]);
-  t.is(code, 1);
-  t.regex(stderr, /Input\/output error/);
-});
+testReleases(
+  'qemu-img fails with EIO when the export has failed, never with wrong data',
+  async (t, client) => {
+    const source = new MemorySource(contentWith(HOLES, 1));
+    const { home, uri, server } = await served(t, source);
+    server.failExports();
+    const target = join(home, 'full.raw');
+    const { code, stderr } = await client.tryRun('qemu-img', [
+      'convert',
+      '-O',
+      'raw',
+      uri(),
+      target,
+    ]);
+    t.is(code, 1);
+    t.regex(stderr, /Input\/output error/);
+  },
+);
 
-test('qemu-nbd --list shows every export', async (t) => {
+testReleases('qemu-nbd --list shows every export', async (t, client) => {
   const { path } = await served(t, new MemorySource(contentWith(HOLES, 1)), {
     checkpoints: [{ name: 'monday', dirty: [] }],
   });
-  const list = await run('qemu-nbd', ['--list', '-k', path]);
+  const list = await client.run('qemu-nbd', ['--list', '-k', path]);
   t.regex(list, /exports available: 2/);
   t.regex(list, /export: 'sda'/);
   t.regex(list, /export: 'sda@monday'/);
