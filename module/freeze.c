@@ -24,6 +24,7 @@
 
 #include "compat.h"
 #include "freeze.h"
+#include "main.h"
 
 /**
  * struct stb_freeze - file systems to freeze together
@@ -154,8 +155,7 @@ int stb_freeze_all(struct stb_freeze *f, unsigned long deadline, u32 *reason,
 		return 0;
 	kref_get(&f->ref);
 	__module_get(THIS_MODULE);
-	/* Not stb_wq: a freeze that hangs must not hold up its flush. */
-	queue_work(system_unbound_wq, &f->work);
+	queue_work(stb_freeze_wq, &f->work);
 	done = wait_for_completion_timeout(&f->done, left);
 	mutex_lock(&f->lock);
 	if (f->nr_frozen < f->nr) {

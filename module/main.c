@@ -17,6 +17,7 @@
 #include "trace.h"
 
 struct workqueue_struct *stb_wq;
+struct workqueue_struct *stb_freeze_wq;
 
 static int __init stb_init(void)
 {
@@ -28,9 +29,12 @@ static int __init stb_init(void)
 	stb_wq = alloc_workqueue(KBUILD_MODNAME, WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!stb_wq)
 		return ret;
+	stb_freeze_wq = alloc_workqueue(KBUILD_MODNAME "_freeze", WQ_UNBOUND, 0);
+	if (!stb_freeze_wq)
+		goto destroy_wq;
 	ret = stb_tracker_init();
 	if (ret)
-		goto destroy_wq;
+		goto destroy_freeze_wq;
 	ret = stb_image_module_init();
 	if (ret)
 		goto exit_tracker;
@@ -43,6 +47,8 @@ exit_image:
 	stb_image_module_exit();
 exit_tracker:
 	stb_tracker_exit();
+destroy_freeze_wq:
+	destroy_workqueue(stb_freeze_wq);
 destroy_wq:
 	destroy_workqueue(stb_wq);
 	return ret;
@@ -51,7 +57,8 @@ destroy_wq:
 static void __exit stb_exit(void)
 {
 	stb_control_exit();
-	/* A snapshot that was left to a worker may just be returning from it. */
+	/* What was left to a worker may just be returning from it. */
+	destroy_workqueue(stb_freeze_wq);
 	destroy_workqueue(stb_wq);
 	stb_hook_quiesce();
 	stb_image_module_exit();

@@ -7,6 +7,8 @@
 
 /* All work of the module; its workers make progress under memory pressure. */
 extern struct workqueue_struct *stb_wq;
+/* Freezes of file systems, which may hang for as long as their devices do. */
+extern struct workqueue_struct *stb_freeze_wq;
 
 /*
  * Lock order, outermost first:
