@@ -12,7 +12,6 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
-#include <linux/highmem.h>
 #include <linux/part_stat.h>
 #include <linux/version.h>
 
@@ -35,7 +34,7 @@
 #define STB_HAS_HD_STRUCT	(!STB_KERNEL(5, 11))
 
 #if !STB_KERNEL(6, 0)
-typedef unsigned int blk_opf_t;
+#define blk_opf_t		unsigned int
 #endif
 #if !STB_KERNEL(5, 16)
 #define REQ_POLLED		REQ_HIPRI
@@ -49,11 +48,11 @@ typedef unsigned int blk_opf_t;
  */
 
 #if STB_KERNEL(6, 5)
-typedef blk_mode_t stb_mode_t;
+#define stb_mode_t	blk_mode_t
 #define STB_OPEN_READ	BLK_OPEN_READ
 #define STB_OPEN_WRITE	BLK_OPEN_WRITE
 #else
-typedef fmode_t stb_mode_t;
+#define stb_mode_t	fmode_t
 #define STB_OPEN_READ	FMODE_READ
 #define STB_OPEN_WRITE	FMODE_WRITE
 #endif
@@ -255,21 +254,14 @@ static inline struct bio *stb_bio_clone(struct block_device *bdev,
 #endif
 }
 
-/* Copy within two pages. */
-static inline void stb_copy_page(struct page *to, size_t to_off,
-				 struct page *from, size_t from_off, size_t len)
-{
-#if STB_KERNEL(5, 12)
-	memcpy_page(to, to_off, from, from_off, len);
+/* What functions that take a bio return, and the value for "nothing to poll". */
+#if STB_KERNEL(5, 16)
+#define stb_submit_ret_t	void
+#define STB_SUBMITTED
 #else
-	char *target = kmap_atomic(to);
-	char *source = kmap_atomic(from);
-
-	memcpy(target + to_off, source + from_off, len);
-	kunmap_atomic(source);
-	kunmap_atomic(target);
+#define stb_submit_ret_t	blk_qc_t
+#define STB_SUBMITTED		BLK_QC_T_NONE
 #endif
-}
 
 /*
  * Freezing: of file systems, and of request queues.
@@ -322,21 +314,6 @@ static inline void stb_unfreeze_queue(struct request_queue *q)
 /*
  * Disks of our own.
  */
-
-#if STB_KERNEL(5, 16)
-#define STB_SUBMIT_BIO_OP(name, submit)					\
-static void name(struct bio *bio)					\
-{									\
-	submit(bio);							\
-}
-#else
-#define STB_SUBMIT_BIO_OP(name, submit)					\
-static blk_qc_t name(struct bio *bio)					\
-{									\
-	submit(bio);							\
-	return BLK_QC_T_NONE;						\
-}
-#endif
 
 /* Longest read of an image in one piece: what the block layer likes by default. */
 #define STB_IMAGE_MAX_SECT	2560
@@ -414,26 +391,18 @@ static inline void stb_put_disk(struct gendisk *disk, bool added)
  * The hook's registers.
  */
 
-#if STB_KERNEL(5, 16)
-typedef void stb_submit_ret_t;
-#define STB_SUBMIT_RETURN
-#else
-typedef blk_qc_t stb_submit_ret_t;
-#define STB_SUBMIT_RETURN	return BLK_QC_T_NONE
-#endif
-
 #if STB_KERNEL(5, 11)
-typedef struct ftrace_regs stb_ftrace_regs_t;
+#define stb_ftrace_regs		ftrace_regs
 #define STB_FTRACE_FLAGS	(FTRACE_OPS_FL_IPMODIFY | FTRACE_OPS_FL_PERMANENT)
 #else
-typedef struct pt_regs stb_ftrace_regs_t;
+#define stb_ftrace_regs		pt_regs
 #define STB_FTRACE_FLAGS	(FTRACE_OPS_FL_IPMODIFY | FTRACE_OPS_FL_PERMANENT | \
 				 FTRACE_OPS_FL_SAVE_REGS | \
 				 FTRACE_OPS_FL_RECURSION_SAFE)
 #endif
 
 /* The bio that a call of submit_bio_noacct() carries. */
-static __always_inline struct bio *stb_ftrace_bio(stb_ftrace_regs_t *regs)
+static __always_inline struct bio *stb_ftrace_bio(struct stb_ftrace_regs *regs)
 {
 #if STB_KERNEL(6, 4)
 	return (struct bio *)ftrace_regs_get_argument(regs, 0);
@@ -446,7 +415,7 @@ static __always_inline struct bio *stb_ftrace_bio(stb_ftrace_regs_t *regs)
 
 /* Let the call return into @to, which has the same signature. */
 static __always_inline void
-stb_ftrace_redirect(stb_ftrace_regs_t *regs,
+stb_ftrace_redirect(struct stb_ftrace_regs *regs,
 		    stb_submit_ret_t (*to)(struct bio *bio))
 {
 #if STB_KERNEL(6, 4)

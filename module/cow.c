@@ -30,6 +30,9 @@
 #include "trace.h"
 #include "tracker.h"
 
+/* Writes looked at that have to wait while no job is free. */
+#define STB_MAX_STUCK	64
+
 static void job_end_io(struct bio *bio)
 {
 	struct stb_job *job = bio->bi_private;
@@ -250,6 +253,7 @@ static void cow_collect(struct stb_cow *cow)
 
 	/* The list itself is changed by this worker only. */
 	list_for_each_entry_safe(job, next, &cow->active, node) {
+		/* Pairs with the release in job_end_io(). */
 		if (smp_load_acquire(&job->done)) {
 			job->done = false;
 			job_step(cow, job);
@@ -337,14 +341,20 @@ static bool cow_range(struct stb_cow *cow, struct bio *bio,
 	return touches;
 }
 
+/*
+ * Release what can be. Those behind a long queue of others that wait for free
+ * jobs are left for a later time: looking at all of them at each completion
+ * would cost more than the copying.
+ */
 static void cow_serve_waiting(struct stb_cow *cow)
 {
 	struct bio_list waiting = cow->waiting;
+	unsigned int stuck = 0;
 	struct stb_range r = {};
 	struct bio *bio;
 
 	bio_list_init(&cow->waiting);
-	while ((bio = bio_list_pop(&waiting))) {
+	while (stuck < STB_MAX_STUCK && (bio = bio_list_pop(&waiting))) {
 		if (!stb_snapshot_held(cow->snapshot)) {
 			stb_tracker_release(cow->tracker, bio);
 		} else if (bio_op(bio) == REQ_OP_DISCARD) {
@@ -355,8 +365,10 @@ static void cow_serve_waiting(struct stb_cow *cow)
 			stb_tracker_release(cow->tracker, bio);
 		} else {
 			bio_list_add(&cow->waiting, bio);
+			stuck += list_empty(&cow->free);
 		}
 	}
+	bio_list_merge(&cow->waiting, &waiting);
 }
 
 static void cow_work(struct work_struct *work)

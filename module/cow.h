@@ -130,7 +130,7 @@ struct stb_cow {
 	u32 nr_areas;
 	u32 max_areas;
 	bool overloaded;
-	spinlock_t lock;
+	spinlock_t lock;	/* see above */
 	struct list_head readers;
 	struct list_head deferred;
 	struct list_head active;

@@ -199,7 +199,7 @@ static void hook_pass(struct bio *bio, u64 after,
 /* Run in the place of submit_bio_noacct() for a bio that we keep. */
 static noinline notrace stb_submit_ret_t hook_taken(struct bio *bio)
 {
-	STB_SUBMIT_RETURN;
+	return STB_SUBMITTED;
 }
 
 /*
@@ -218,7 +218,7 @@ static noinline notrace stb_submit_ret_t hook_taken_slowly(struct bio *bio)
 {
 	hook_wait_for_room();
 	atomic_dec(&nr_slowed);
-	STB_SUBMIT_RETURN;
+	return STB_SUBMITTED;
 }
 
 /*
@@ -230,7 +230,7 @@ static noinline notrace stb_submit_ret_t hook_slow(struct bio *bio)
 	hook_wait_for_room();
 	hook_pass(bio, 0, NULL);
 	atomic_dec(&nr_slowed);
-	STB_SUBMIT_RETURN;
+	return STB_SUBMITTED;
 }
 
 /* May the current submitter be made to wait? Never under another submit. */
@@ -253,7 +253,7 @@ static __always_inline bool hook_is_due(blk_opf_t opf)
 
 static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
 				  struct ftrace_ops *ops,
-				  stb_ftrace_regs_t *regs)
+				  struct stb_ftrace_regs *regs)
 {
 	struct bio *bio = stb_ftrace_bio(regs);
 	blk_opf_t opf = bio->bi_opf;
@@ -314,8 +314,9 @@ static int hook_register(u32 *reason)
 		*reason = ret == -EBUSY ? STILLBLOCK_REASON_HOOK_BUSY :
 					  STILLBLOCK_REASON_HOOK_UNAVAILABLE;
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
-		       ret == -EBUSY ? "another filter driver or a live patch holds it; unload that first" :
-				       "function tracing is not available; this kernel lacks it, or it was switched off by kernel.ftrace_enabled=0");
+		       ret == -EBUSY ?
+		       "another filter driver or a live patch holds it; unload that first" :
+		       "this kernel lacks function tracing, or kernel.ftrace_enabled is 0");
 		hook_free_filter();
 	}
 	return ret;

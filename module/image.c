@@ -13,7 +13,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/bio.h>
-#include <linux/highmem.h>
+#include <linux/mm.h>
 #include <linux/idr.h>
 #include <linux/mempool.h>
 #include <linux/module.h>
@@ -106,8 +106,9 @@ static void run_copy(struct bio *bio, struct stb_slots *slots,
 			size_t len = min_t(size_t, bv.bv_len - done,
 					   PAGE_SIZE - off);
 
-			stb_copy_page(bv.bv_page, bv.bv_offset + done, page,
-				      off, len);
+			/* No high memory on the machines we run on. */
+			memcpy(page_address(bv.bv_page) + bv.bv_offset + done,
+			       page_address(page) + off, len);
 			done += len;
 			from += len;
 		}
@@ -226,7 +227,7 @@ void stb_image_retry(struct stb_cow *cow, struct list_head *reads)
 	}
 }
 
-static void image_submit_bio(struct bio *bio)
+static stb_submit_ret_t image_submit_bio(struct bio *bio)
 {
 	struct stb_image *image = stb_bio_disk(bio)->private_data;
 	struct stb_cow *cow = &image->cow;
@@ -238,11 +239,11 @@ static void image_submit_bio(struct bio *bio)
 
 	if (bio_op(bio) != REQ_OP_READ) {
 		bio_io_error(bio);
-		return;
+		return STB_SUBMITTED;
 	}
 	if (!bio_sectors(bio)) {
 		bio_endio(bio);
-		return;
+		return STB_SUBMITTED;
 	}
 	read = mempool_alloc(read_pool, GFP_NOIO);
 	read->cow = cow;
@@ -260,13 +261,12 @@ static void image_submit_bio(struct bio *bio)
 		read_start(read, false);
 	else
 		read_defer(read, true);
+	return STB_SUBMITTED;
 }
-
-STB_SUBMIT_BIO_OP(image_op_submit_bio, image_submit_bio)
 
 static const struct block_device_operations image_ops = {
 	.owner = THIS_MODULE,
-	.submit_bio = image_op_submit_bio,
+	.submit_bio = image_submit_bio,
 };
 
 /**

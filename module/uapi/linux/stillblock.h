@@ -39,10 +39,9 @@
 /* Longest time that file systems may stay frozen, milliseconds. */
 #define STILLBLOCK_MAX_FREEZE_MS	60000
 
-/**
- * enum stillblock_reason - why a request failed or a snapshot became failed
- *
- * Values are stable; new ones are added at the end.
+/*
+ * Why a request failed or a snapshot became failed. Values are stable; new ones
+ * are added at the end.
  */
 enum stillblock_reason {
 	STILLBLOCK_REASON_NONE			= 0,
@@ -121,11 +120,11 @@ struct stillblock_detach {
 };
 
 /* The tracker belongs to a snapshot that is held. */
-#define STILLBLOCK_TRACKER_IN_SNAPSHOT	(1u << 0)
+#define STILLBLOCK_TRACKER_IN_SNAPSHOT	0x1u
 /* The device has another size than its history: the next take begins a new one. */
-#define STILLBLOCK_TRACKER_RESIZED	(1u << 1)
+#define STILLBLOCK_TRACKER_RESIZED	0x2u
 /* The device is gone; all that is left is to detach it. */
-#define STILLBLOCK_TRACKER_GONE		(1u << 2)
+#define STILLBLOCK_TRACKER_GONE		0x4u
 
 /**
  * struct stillblock_tracker - one tracked device
@@ -370,7 +369,8 @@ struct stillblock_add_store {
 #define STILLBLOCK_SNAP_IOC_STATE	_IOR(STILLBLOCK_IOC_MAGIC, 0x40, struct stillblock_state)
 #define STILLBLOCK_SNAP_IOC_IMAGE	_IOWR(STILLBLOCK_IOC_MAGIC, 0x41, struct stillblock_image)
 #define STILLBLOCK_SNAP_IOC_MAP		_IOW(STILLBLOCK_IOC_MAGIC, 0x42, struct stillblock_map)
-#define STILLBLOCK_SNAP_IOC_ADD_STORE	_IOWR(STILLBLOCK_IOC_MAGIC, 0x43, struct stillblock_add_store)
+#define STILLBLOCK_SNAP_IOC_ADD_STORE	\
+	_IOWR(STILLBLOCK_IOC_MAGIC, 0x43, struct stillblock_add_store)
 
 enum stillblock_event_type {
 	STILLBLOCK_EVENT_LOW_WATERMARK	= 1,	/* value: bytes of store left */

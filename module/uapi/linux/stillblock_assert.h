@@ -9,13 +9,14 @@
 
 #include <linux/stillblock.h>
 
-#ifdef __cplusplus
+#ifdef __KERNEL__
+#include <linux/build_bug.h>
+#elif !defined(__cplusplus)
+#include <assert.h>
+#endif
+
 #define STILLBLOCK_ASSERT_SIZE(type, size) \
 	static_assert(sizeof(struct type) == (size), #type)
-#else
-#define STILLBLOCK_ASSERT_SIZE(type, size) \
-	_Static_assert(sizeof(struct type) == (size), #type)
-#endif
 
 STILLBLOCK_ASSERT_SIZE(stillblock_info, 40);
 STILLBLOCK_ASSERT_SIZE(stillblock_attach, 24);
