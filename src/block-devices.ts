@@ -21,6 +21,10 @@ export interface BlockDevice {
   readonly sizeBytes: number;
   /** Devices directly beneath it: its disk, its parts, its backing file's device. */
   readonly beneath: readonly DeviceNumber[];
+  /** The disk that it is a partition of. */
+  readonly disk?: DeviceNumber;
+  /** Passes requests on, not bios, as dm-multipath does: nobody sees them beneath it. */
+  readonly passesRequests?: boolean;
 }
 
 /** Text of a device number. */
@@ -87,9 +91,12 @@ async function readDevice(sysfs: string, number: string): Promise<BlockDevice | 
   const beneath = await Promise.all(
     parts.map((name) => readText(join(folder, 'slaves', name, 'dev'))),
   );
-  if (partition !== undefined) {
-    beneath.push(await readText(join(dirname(folder), 'dev')));
+  const disk = partition === undefined ? undefined : await readText(join(dirname(folder), 'dev'));
+  if (disk !== undefined) {
+    beneath.push(disk);
   }
+  // Only a device of requests has hardware queues.
+  const queues = dmName === undefined ? [] : await readdir(join(folder, 'mq')).catch(() => []);
   if (backingFile !== undefined) {
     beneath.push(...(await deviceOfFile(backingFile)));
   }
@@ -100,6 +107,8 @@ async function readDevice(sysfs: string, number: string): Promise<BlockDevice | 
     diskName: toDiskName(dmName ?? kernelName),
     sizeBytes: Number(size ?? 0) * 512,
     beneath: beneath.filter((entry) => entry !== undefined),
+    ...(disk === undefined ? {} : { disk }),
+    ...(queues.length === 0 ? {} : { passesRequests: true }),
   };
 }
 
@@ -142,6 +151,20 @@ export class BlockDevices {
   /** Whether one device is the other, or lies above or beneath it. */
   related(a: DeviceNumber, b: DeviceNumber): boolean {
     return this.closure(a).has(b) || this.closure(b).has(a);
+  }
+
+  /** Whether what lies on one device lies on another at the same time: it is it, or its disk. */
+  isOn(number: DeviceNumber, other: DeviceNumber): boolean {
+    return number === other || this.get(number)?.disk === other;
+  }
+
+  /** The device above one that writes to it unseen, such as the multipath device over a path. */
+  unseenWriter(number: DeviceNumber): BlockDevice | undefined {
+    return [...this.#devices.values()].find(
+      ({ passesRequests, beneath }) =>
+        passesRequests === true &&
+        beneath.some((path) => this.isOn(path, number) || this.isOn(number, path)),
+    );
   }
 
   /**

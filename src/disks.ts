@@ -59,6 +59,23 @@ export async function blockDeviceAt(path: string): Promise<DeviceNumber> {
   return splitDeviceNumber(status.rdev);
 }
 
+/**
+ * Refuses a device that is written to from above, past the place where writes are seen:
+ * a path of a multipath device. The kernel module cannot know.
+ *
+ * @throws StillblockError that names the device to track in its stead
+ */
+export function requireSeen(path: string, number: DeviceNumber, devices: BlockDevices): void {
+  const above = devices.unseenWriter(number);
+  if (above !== undefined) {
+    throw new StillblockError(
+      'MULTIPATH_PATH',
+      `${path} is a path of the multipath device ${above.path}, whose writes cannot be seen there`,
+      `attach ${above.path} instead`,
+    );
+  }
+}
+
 /** @returns a tracked device under its default name */
 export function diskOf(tracker: Tracker, devices: BlockDevices): Disk {
   const number = deviceNumber(tracker.major, tracker.minor);
@@ -75,7 +92,8 @@ export function diskOf(tracker: Tracker, devices: BlockDevices): Disk {
  * Chooses tracked devices, top down, as a snapshot takes them.
  *
  * @param wanted devices and names; all tracked ones if there are none
- * @throws StillblockError if one is not tracked or named twice, or two names are the same
+ * @throws StillblockError if one is not tracked or named twice, two names are the same, or one
+ *   has become a path of a multipath device
  */
 export function chooseDisks(
   trackers: readonly Tracker[],
@@ -100,6 +118,7 @@ export function chooseDisks(
   });
   const disks = devices.topDown(wanted.length === 0 ? tracked : chosen, ({ number }) => number);
   for (const [index, disk] of disks.entries()) {
+    requireSeen(disk.path, disk.number, devices);
     const other = disks.slice(0, index).find(({ name }) => name === disk.name);
     const same = disks.slice(0, index).find(({ number }) => number === disk.number);
     if (same !== undefined) {

@@ -101,8 +101,8 @@ export const REASON_WORDS: Readonly<Record<string, Words>> = {
     advice: 'free some memory, or name fewer devices or a smaller store',
   },
   RESIZED: {
-    message: '{what} has another size than when it was attached',
-    advice: 'detach and attach it again; its next backup is then a full one',
+    message: '{what} has another size than its change history',
+    advice: 'begin again without --incremental; its next backup is a full one',
   },
   GONE: {
     message: '{what} is gone',
@@ -167,6 +167,18 @@ export const REASON_WORDS: Readonly<Record<string, Words>> = {
   BAD_BLOCK_SIZE: {
     message: '{what}: the block size is no power of two from 4K on that suits the device',
     advice: 'leave --block-size out, or choose 64K',
+  },
+  STORE_BUSY: {
+    message: 'store {what} is in use by something else',
+    advice: 'unmount it or take it out of its volume group, or name another --store',
+  },
+  FOREIGN_WRITE: {
+    message: 'somebody wrote into the store, which lies on a disk of the snapshot, which is lost',
+    advice: 'look for what writes to that disk past its file system, or use another --store',
+  },
+  OVERLOADED: {
+    message: 'too many writes waited for the snapshot: it is lost, its disks are not touched',
+    advice: 'begin again with --store on a faster disk, or when less is written',
   },
 };
 

@@ -39,7 +39,7 @@ import {
   type StorePiece,
 } from './native.ts';
 import { ReleaseStack } from './release-stack.ts';
-import { planStore, Store, type StoreRequest } from './store.ts';
+import { planStores, Store, type StoreRequest } from './store.ts';
 
 /** How long clients of a failed snapshot are still told EIO before the server goes away. */
 const FAILED_GRACE_MS = 5_000;
@@ -91,13 +91,13 @@ function explainTake(
   error: unknown,
   disks: readonly Disk[],
   fileSystems: readonly FileSystem[],
-  store: string,
+  stores: readonly string[],
 ): StillblockError {
   if (!isNativeError(error)) {
     return explain(error, 'the snapshot');
   }
   if (error.reason.startsWith('STORE_')) {
-    return explain(error, store);
+    return explain(error, stores[error.culprit] ?? 'the store');
   }
   if (error.reason.startsWith('FREEZE_') || error.reason === 'ALREADY_FROZEN') {
     return explain(error, fileSystems[error.culprit]?.mounts[0]?.mountPoint ?? 'a disk');
@@ -223,7 +223,7 @@ export class BackupSession implements Controlled {
             gateMs: state.gateNs / NS_PER_MS,
             heldWrites: state.heldWrites,
             store: {
-              place: this.#request.store.place,
+              place: this.#request.store.places.join(', '),
               capacityBytes: state.storeCapacityBytes,
               usedBytes: state.storeUsedBytes,
             },
@@ -262,9 +262,9 @@ export class BackupSession implements Controlled {
       devices,
     );
     this.#requireCounts(disks, fileSystems);
-    const piece = await this.#prepareStore(disks, devices);
+    const pieces = await this.#prepareStore(disks, devices);
     this.#checkEnd();
-    const taken = await this.#take(control, disks, fileSystems, piece);
+    const taken = await this.#take(control, disks, fileSystems, pieces);
     this.#checkEnd();
     this.#requireIncrements(
       earlier,
@@ -331,21 +331,21 @@ export class BackupSession implements Controlled {
     }
   }
 
-  async #prepareStore(disks: readonly Disk[], devices: BlockDevices): Promise<StorePiece> {
+  async #prepareStore(disks: readonly Disk[], devices: BlockDevices): Promise<StorePiece[]> {
     const origins = disks.map(({ number, tracker }) => ({ number, sizeBytes: tracker.sizeBytes }));
     const { store: wanted } = this.#request;
-    const plan = await planStore(wanted, origins, devices);
-    const { store, piece } = await Store.prepare(plan, wanted.maxBytes);
+    const plans = await planStores(wanted, origins, devices);
+    const { store, pieces } = await Store.prepare(plans, wanted.maxBytes);
     this.#store = store;
     this.#stack.push(() => store.close());
-    return piece;
+    return pieces;
   }
 
   async #take(
     control: ControlDevice,
     disks: readonly Disk[],
     fileSystems: readonly FileSystem[],
-    piece: StorePiece,
+    pieces: readonly StorePiece[],
   ): Promise<Taken> {
     this.#enter('taking');
     const mounts: FileHandle[] = [];
@@ -358,12 +358,12 @@ export class BackupSession implements Controlled {
       snapshot = await control.take({
         trackers: disks.map(({ tracker }) => tracker.id),
         mounts: mounts.map(({ fd }) => fd),
-        stores: [piece],
+        stores: pieces,
         freezeTimeoutMs: this.#request.freezeTimeoutMs,
         lowWatermarkBytes: this.#store?.lowWatermarkBytes ?? 0,
       });
     } catch (error) {
-      throw explainTake(error, disks, fileSystems, this.#request.store.place);
+      throw explainTake(error, disks, fileSystems, this.#request.store.places);
     } finally {
       // Held any longer, they would keep people from unmounting.
       await Promise.all(mounts.map((mount) => mount.close()));
@@ -515,7 +515,10 @@ export class BackupSession implements Controlled {
     } catch (err) {
       this.#log.warn({ err }, 'the store cannot grow');
     }
-    this.#observer.storeLow(leftBytes);
+    // Of a snapshot that has failed meanwhile nobody needs to hear it.
+    if (this.#failure === undefined) {
+      this.#observer.storeLow(leftBytes);
+    }
   }
 
   #onFailed(reason: string): void {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /**
- * Difference storage: where the old data of a snapshot goes. A folder, in which we
- * make files without names; a file that is there already; or memory.
+ * Difference storage: where the old data of a snapshot goes. Folders, in which we
+ * make files without names; files that are there already; block devices; memory; or
+ * several of these together.
  */
+import { execFile } from 'node:child_process';
 import { readFile, stat, statfs } from 'node:fs/promises';
 import type { BlockDevices, DeviceNumber } from './block-devices.ts';
 import { splitDeviceNumber } from './block-devices.ts';
@@ -10,6 +12,7 @@ import { explain, reasonWords, refusalWords, StillblockError, usageError } from 
 import {
   createStore,
   isNativeError,
+  nativeConstants,
   openStore,
   type StoreFile,
   type StorePiece,
@@ -37,18 +40,25 @@ const MAX_WATERMARK_BYTES = 1024 * MIB;
 
 /** What the user asked for. */
 export interface StoreRequest {
-  /** A folder, a file, or `memory`. */
-  readonly place: string;
-  /** Bytes to begin with; undefined for a sensible share. */
+  /** Folders, files, block devices, `memory`. */
+  readonly places: readonly string[];
+  /** Bytes of each folder, file and memory to begin with; undefined for a sensible share. */
   readonly sizeBytes: number | undefined;
-  /** Bytes that it may grow to; undefined for all room of a folder, and no growth else. */
+  /** Bytes that each may grow to; undefined for all room of a folder, and no growth else. */
   readonly maxBytes: number | undefined;
 }
 
 /** A place that will do, and how much of it is taken at first. */
 export type StorePlan =
-  | { readonly kind: 'folder'; readonly path: string; readonly sizeBytes: number }
+  | {
+      readonly kind: 'folder';
+      readonly path: string;
+      readonly sizeBytes: number;
+      /** It lies on a disk of the snapshot: what it takes after the instant the image may need. */
+      readonly onOrigin: boolean;
+    }
   | { readonly kind: 'file'; readonly path: string; readonly sizeBytes: number }
+  | { readonly kind: 'device'; readonly path: string; readonly sizeBytes: number }
   | { readonly kind: 'memory'; readonly sizeBytes: number };
 
 function roundUp(bytes: number): number {
@@ -99,19 +109,38 @@ async function freeBytesIn(folder: string): Promise<number> {
   return bavail * bsize;
 }
 
-function refuseOrigin(
+/** A device that the snapshot is to be of. */
+interface Origin {
+  readonly number: DeviceNumber;
+  readonly sizeBytes: number;
+}
+
+/**
+ * How a store's device and the origins lie. On an origin itself, the module leaves the
+ * store's own place out of the image. Through another device it cannot know that place.
+ *
+ * @throws StillblockError if one lies above or beneath the other through another device
+ */
+function isOnOrigin(
   place: string,
   store: DeviceNumber,
-  origins: readonly DeviceNumber[],
+  origins: readonly Origin[],
   devices: BlockDevices,
-): void {
-  const origin = origins.find((number) => devices.related(store, number));
-  if (origin !== undefined) {
-    const words = reasonWords('STORE_ON_ORIGIN', place);
-    const how =
-      origin === store ? '' : ` (${devices.describe(store)} and ${devices.describe(origin)})`;
-    throw new StillblockError('STORE_ON_ORIGIN', words.message + how, words.advice);
+): boolean {
+  let found = false;
+  for (const { number } of origins) {
+    if (devices.isOn(store, number)) {
+      found = true;
+    } else if (devices.related(store, number)) {
+      const names = `${devices.describe(store)} and ${devices.describe(number)}`;
+      throw new StillblockError(
+        'STORE_ON_ORIGIN',
+        `store ${place} lies above or beneath a device of the snapshot (${names})`,
+        reasonWords('STORE_ON_ORIGIN', place).advice,
+      );
+    }
   }
+  return found;
 }
 
 function requireWorthwhile(place: string, sizeBytes: number): number {
@@ -125,18 +154,58 @@ function requireWorthwhile(place: string, sizeBytes: number): number {
   return sizeBytes;
 }
 
-/**
- * Turns what the user asked for into a place that will do. Nothing is allocated.
- *
- * @throws StillblockError if it lies on, above or beneath an origin, does not exist, or there
- *   is no room
- */
-export async function planStore(
-  request: StoreRequest,
-  origins: readonly { readonly number: DeviceNumber; readonly sizeBytes: number }[],
+/** What the device carries, as blkid(8) finds it; undefined if that is nothing. */
+function signatureOf(path: string): Promise<string | undefined> {
+  const args = ['-p', '-o', 'value', '-s', 'TYPE', '-s', 'PTTYPE', path];
+  const env = { ...process.env, PATH: `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin` };
+  return new Promise((resolve, reject) => {
+    execFile('blkid', args, { env }, (error, stdout) => {
+      const code = error === null ? 0 : error.code;
+      if (code === 2) {
+        resolve(undefined);
+      } else if (code === 0 || code === 8) {
+        // 8: it looks like several things at once.
+        resolve(stdout.trim().replaceAll('\n', ', ') || 'data of several kinds');
+      } else {
+        reject(error);
+      }
+    });
+  });
+}
+
+/** A device is overwritten from its start to its end: nobody shall lose data by a typing error. */
+async function planDevice(
+  place: string,
+  number: DeviceNumber,
+  origins: readonly Origin[],
   devices: BlockDevices,
 ): Promise<StorePlan> {
-  const { place, sizeBytes } = request;
+  if (
+    isOnOrigin(place, number, origins, devices) ||
+    origins.some((o) => devices.isOn(o.number, number))
+  ) {
+    const { message, advice } = reasonWords('STORE_ON_ORIGIN', place);
+    throw new StillblockError('STORE_ON_ORIGIN', message, advice);
+  }
+  const signature = await signatureOf(place);
+  if (signature !== undefined) {
+    throw new StillblockError(
+      'STORE_NOT_EMPTY',
+      `store ${place} is not empty: it holds ${signature}`,
+      `name another device, or run wipefs --all ${place} if nobody needs what is on it`,
+    );
+  }
+  const sizeBytes = devices.get(number)?.sizeBytes ?? 0;
+  return { kind: 'device', path: place, sizeBytes: requireWorthwhile(place, sizeBytes) };
+}
+
+async function planPlace(
+  place: string,
+  request: StoreRequest,
+  origins: readonly Origin[],
+  devices: BlockDevices,
+): Promise<StorePlan> {
+  const { sizeBytes } = request;
   const originBytes = origins.reduce((sum, origin) => sum + origin.sizeBytes, 0);
   if (place === 'memory') {
     const bytes =
@@ -144,37 +213,71 @@ export async function planStore(
       requireWorthwhile(place, defaultStoreBytes('memory', originBytes, await freeMemoryBytes()));
     return { kind: 'memory', sizeBytes: bytes };
   }
-  try {
-    const status = await stat(place);
-    const numbers = origins.map(({ number }) => number);
-    refuseOrigin(place, splitDeviceNumber(status.dev), numbers, devices);
-    if (status.isDirectory()) {
-      const bytes =
-        sizeBytes ??
-        requireWorthwhile(
-          place,
-          defaultStoreBytes('folder', originBytes, await freeBytesIn(place)),
-        );
-      return { kind: 'folder', path: place, sizeBytes: roundUp(bytes) };
-    }
-    if (!status.isFile()) {
-      const { message, advice } = refusalWords('NOT_FILE', place);
-      throw new StillblockError('STORE_NOT_FILE', message, advice);
-    }
-    if (request.maxBytes !== undefined) {
-      throw usageError(
-        '--store-max is for stores that grow, not for a file',
-        'name its folder instead, or leave --store-max out',
-      );
-    }
-    if (sizeBytes === undefined && status.size < Math.min(WORTHWHILE_BYTES, originBytes)) {
-      const { message, advice } = refusalWords('TOO_SMALL', place);
-      throw new StillblockError('STORE_TOO_SMALL', message, advice);
-    }
-    return { kind: 'file', path: place, sizeBytes: sizeBytes ?? status.size };
-  } catch (error) {
-    throw explainStore(error, place);
+  const status = await stat(place);
+  if (status.isBlockDevice()) {
+    return planDevice(place, splitDeviceNumber(status.rdev), origins, devices);
   }
+  const onOrigin = isOnOrigin(place, splitDeviceNumber(status.dev), origins, devices);
+  if (status.isDirectory()) {
+    const bytes =
+      sizeBytes ??
+      requireWorthwhile(place, defaultStoreBytes('folder', originBytes, await freeBytesIn(place)));
+    return { kind: 'folder', path: place, sizeBytes: roundUp(bytes), onOrigin };
+  }
+  if (!status.isFile()) {
+    const { message, advice } = refusalWords('NOT_FILE', place);
+    throw new StillblockError('STORE_NOT_FILE', message, advice);
+  }
+  if (sizeBytes === undefined && status.size < Math.min(WORTHWHILE_BYTES, originBytes)) {
+    const { message, advice } = refusalWords('TOO_SMALL', place);
+    throw new StillblockError('STORE_TOO_SMALL', message, advice);
+  }
+  return { kind: 'file', path: place, sizeBytes: sizeBytes ?? status.size };
+}
+
+/** Whether a store can become larger than it is at first. */
+function canGrow(plan: StorePlan): boolean {
+  return plan.kind === 'memory' || (plan.kind === 'folder' && !plan.onOrigin);
+}
+
+/**
+ * Turns what the user asked for into places that will do. Nothing is allocated.
+ *
+ * @throws StillblockError if one lies above or beneath an origin, does not exist, has no room, or
+ *   is named twice
+ */
+export async function planStores(
+  request: StoreRequest,
+  origins: readonly Origin[],
+  devices: BlockDevices,
+): Promise<StorePlan[]> {
+  const { places, sizeBytes, maxBytes } = request;
+  const twice = places.find((place, index) => places.indexOf(place) !== index);
+  if (twice !== undefined) {
+    throw usageError(`store ${twice} is named twice`, 'name each store once');
+  }
+  const { maxStores } = nativeConstants();
+  if (places.length > maxStores) {
+    throw usageError(`${places.length} stores are too many`, `name at most ${maxStores}`);
+  }
+  const plans: StorePlan[] = [];
+  for (const place of places) {
+    try {
+      plans.push(await planPlace(place, request, origins, devices));
+    } catch (error) {
+      throw explainStore(error, place);
+    }
+  }
+  if (maxBytes !== undefined && !plans.some(canGrow)) {
+    throw usageError(
+      '--store-max is for stores that grow: memory, and folders on other disks',
+      'name such a folder, or leave --store-max out',
+    );
+  }
+  if (sizeBytes !== undefined && plans.every(({ kind }) => kind === 'device')) {
+    throw usageError('a device is a store as a whole', 'leave --store-size out');
+  }
+  return plans;
 }
 
 function explainStore(error: unknown, place: string): StillblockError {
@@ -196,42 +299,55 @@ function explainStore(error: unknown, place: string): StillblockError {
   return explain(error, refused ? place : `store ${place}`);
 }
 
+const placeOf = (plan: StorePlan): string => (plan.kind === 'memory' ? 'memory' : plan.path);
+
 /** A store in use. Whoever prepared it closes it, after the snapshot. */
 export class Store {
-  readonly plan: StorePlan;
-  readonly #maxBytes: number;
+  readonly #plans: readonly StorePlan[];
+  readonly #maxBytes: number | undefined;
   readonly #files: StoreFile[] = [];
-  #sizeBytes = 0;
+  /** Bytes of each plan. */
+  readonly #sizes = new Map<StorePlan, number>();
 
-  private constructor(plan: StorePlan, maxBytes: number | undefined) {
-    this.plan = plan;
-    this.#maxBytes = maxBytes ?? (plan.kind === 'folder' ? Number.MAX_SAFE_INTEGER : 0);
+  private constructor(plans: readonly StorePlan[], maxBytes: number | undefined) {
+    this.#plans = plans;
+    this.#maxBytes = maxBytes;
   }
 
   /**
    * Allocates a store to begin with.
    *
-   * @returns the store, and the piece for the take
+   * @param maxBytes that each part of it may grow to
+   * @returns the store, and the pieces for the take, in the order of the plans
    */
   static async prepare(
-    plan: StorePlan,
+    plans: readonly StorePlan[],
     maxBytes: number | undefined,
-  ): Promise<{ store: Store; piece: StorePiece }> {
-    const store = new Store(plan, maxBytes);
-    return { store, piece: await store.#allocate(plan.sizeBytes) };
+  ): Promise<{ store: Store; pieces: StorePiece[] }> {
+    const store = new Store(plans, maxBytes);
+    const pieces: StorePiece[] = [];
+    try {
+      for (const plan of plans) {
+        pieces.push(await store.#allocate(plan, plan.sizeBytes));
+      }
+    } catch (error) {
+      await store.close();
+      throw error;
+    }
+    return { store, pieces };
   }
 
-  async #allocate(sizeBytes: number): Promise<StorePiece> {
-    const { plan } = this;
-    if (plan.kind === 'memory') {
-      this.#sizeBytes += sizeBytes;
-      return sizeBytes;
-    }
+  async #allocate(plan: StorePlan, sizeBytes: number): Promise<StorePiece> {
+    const piece = plan.kind === 'memory' ? sizeBytes : await this.#open(plan, sizeBytes);
+    this.#sizes.set(plan, (this.#sizes.get(plan) ?? 0) + sizeBytes);
+    return piece;
+  }
+
+  async #open(plan: Exclude<StorePlan, { kind: 'memory' }>, sizeBytes: number): Promise<StoreFile> {
     try {
       const make = plan.kind === 'folder' ? createStore : openStore;
       const file = await make(plan.path, sizeBytes);
       this.#files.push(file);
-      this.#sizeBytes += sizeBytes;
       return file;
     } catch (error) {
       throw explainStore(error, plan.path);
@@ -239,33 +355,37 @@ export class Store {
   }
 
   get sizeBytes(): number {
-    return this.#sizeBytes;
+    return [...this.#sizes.values()].reduce((sum, size) => sum + size, 0);
   }
 
   /** Where it is, for people. */
   get description(): string {
-    const place = this.plan.kind === 'memory' ? 'memory' : this.plan.path;
-    return `${formatSize(this.#sizeBytes)} in ${place}`;
+    return this.#plans
+      .map((plan) => `${formatSize(this.#sizes.get(plan) ?? 0)} in ${placeOf(plan)}`)
+      .join(' and ');
   }
 
   /** Free bytes under which the store should be told to grow. */
   get lowWatermarkBytes(): number {
-    return Math.min(Math.floor(this.plan.sizeBytes * WATERMARK_SHARE), MAX_WATERMARK_BYTES);
+    const first = this.#plans.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+    return Math.min(Math.floor(first * WATERMARK_SHARE), MAX_WATERMARK_BYTES);
   }
 
   /**
-   * Allocates more of the same.
+   * Allocates more of the same, in the first of its places that can grow.
    *
-   * @returns the piece to add, or undefined if the store may not grow, or has no room
+   * @returns the piece to add, or undefined if none may grow, or has room
    */
   async grow(): Promise<StorePiece | undefined> {
-    const { plan } = this;
-    if (plan.kind === 'file') {
-      return undefined;
+    for (const plan of this.#plans.filter(canGrow)) {
+      const free = plan.kind === 'folder' ? await freeBytesIn(plan.path) : await freeMemoryBytes();
+      const max = this.#maxBytes ?? (plan.kind === 'folder' ? Number.MAX_SAFE_INTEGER : 0);
+      const step = growthBytes(plan.sizeBytes, this.#sizes.get(plan) ?? 0, max, free);
+      if (step > 0) {
+        return this.#allocate(plan, step);
+      }
     }
-    const free = plan.kind === 'memory' ? await freeMemoryBytes() : await freeBytesIn(plan.path);
-    const step = growthBytes(plan.sizeBytes, this.#sizeBytes, this.#maxBytes, free);
-    return step === 0 ? undefined : await this.#allocate(step);
+    return undefined;
   }
 
   /** Gives everything back. The snapshot that used it must be gone. */

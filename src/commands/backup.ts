@@ -20,7 +20,7 @@ import { type CommonOptions, collect, example, newCommand, sizeOption } from './
 interface BeginOptions extends CommonOptions, ListenOptions {
   readonly checkpoint: string;
   readonly description?: string;
-  readonly store: string;
+  readonly store: readonly string[];
   readonly storeSize?: number;
   readonly storeMax?: number;
   readonly disk?: readonly string[];
@@ -33,7 +33,7 @@ function toRequest(options: BeginOptions): BackupRequest {
     checkpoint: requireCheckpointName(options.checkpoint),
     description: options.description ?? '',
     store: {
-      place: options.store,
+      places: options.store,
       sizeBytes: options.storeSize,
       maxBytes: options.storeMax,
     },
@@ -165,9 +165,13 @@ function secondsOption(text: string): number {
 function beginCommand(): Command {
   return newCommand('begin', 'take a snapshot and serve it until it is ended')
     .requiredOption('--checkpoint <NAME>', 'name of this instant, for later increments')
-    .requiredOption('--store <PLACE>', 'where old data goes: a folder, a file, or "memory"')
-    .option('--store-size <SIZE>', 'size to begin with (default: a share of the disks)', sizeOption)
-    .option('--store-max <SIZE>', 'size to grow to (default: all room of a folder)', sizeOption)
+    .requiredOption(
+      '--store <PLACE>',
+      'where old data goes: a folder, a file, a block device or "memory", repeatable',
+      collect,
+    )
+    .option('--store-size <SIZE>', 'of each, to begin with (default: a share)', sizeOption)
+    .option('--store-max <SIZE>', "of each, to grow to (default: a folder's room)", sizeOption)
     .option('--disk <[NAME=]DEV>', 'a tracked device, repeatable (default: all)', collect)
     .option('--incremental <NAME>', 'fail unless all changes since NAME are known')
     .option('--description <TEXT>', 'kept with the checkpoint')
@@ -186,7 +190,8 @@ function beginCommand(): Command {
     .addHelpText(
       'after',
       `
-The store must not be on the disks themselves. NBD is not encrypted: listen on
+A store on one of the disks themselves is allocated before the snapshot and does
+not grow. A block device is overwritten. NBD is not encrypted: listen on
 loopback, a unix socket, or a network that you trust.
 
 Exit code: 0 ended, 1 failed, 2 usage, 3 a full backup is required, 4 store full.

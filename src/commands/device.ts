@@ -2,7 +2,7 @@
 /** `stillblock device`: which devices are tracked. */
 import { Command } from 'commander';
 import { BlockDevices } from '../block-devices.ts';
-import { blockDeviceAt, type Disk, diskOf, openControl } from '../disks.ts';
+import { blockDeviceAt, type Disk, diskOf, openControl, requireSeen } from '../disks.ts';
 import { explain, reasonWords, StillblockError, usageError } from '../errors.ts';
 import type { ControlDevice } from '../native.ts';
 import { printJson, printLine, printTable } from '../output.ts';
@@ -61,8 +61,10 @@ async function attachAll(
   blockSizeBytes: number,
 ): Promise<bigint[]> {
   const attached: bigint[] = [];
+  const devices = await BlockDevices.read();
   try {
     for (const path of paths) {
+      requireSeen(path, await blockDeviceAt(path), devices);
       try {
         attached.push(await control.attach(path, blockSizeBytes));
       } catch (error) {

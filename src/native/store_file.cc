@@ -111,11 +111,25 @@ Outcome<Nothing> Allocate(const PreparedStore& store) {
 
 using Store = std::shared_ptr<PreparedStore>;
 
+// A device is used as a whole. Whether somebody else uses it the module finds out.
+Outcome<Store> PrepareDevice(UniqueFd fd, const struct stat& status) {
+  auto store = std::make_shared<PreparedStore>();
+  if (int error = Ioctl(fd.get(), BLKGETSIZE64, &store->size_bytes)) {
+    return Failure{.error = error, .call = "blkgetsize64"};
+  }
+  store->is_device = true;
+  store->fd = std::move(fd);
+  store->major = major(status.st_rdev);
+  store->minor = minor(status.st_rdev);
+  return store;
+}
+
 // @size 0 means all of the file; a file of ours (@fresh) is made as long as @size.
 Outcome<Store> Prepare(UniqueFd fd, uint64_t size, bool fresh) {
   struct stat status;
   struct statfs fs;
   if (fstat(fd.get(), &status) != 0) return Failure::Last("fstat");
+  if (S_ISBLK(status.st_mode)) return PrepareDevice(std::move(fd), status);
   if (!S_ISREG(status.st_mode)) return Failure::Refused("NOT_FILE");
   if (fstatfs(fd.get(), &fs) != 0) return Failure::Last("fstatfs");
   if (const char* refusal = RefusedFileSystem(fs)) return Failure::Refused(refusal);

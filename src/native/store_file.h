@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A file made ready to be difference storage: allocated in full, its extents known.
+// A file made ready to be difference storage: allocated in full, its extents known; or a device.
 #ifndef STILLBLOCK_NATIVE_STORE_FILE_H_
 #define STILLBLOCK_NATIVE_STORE_FILE_H_
 
@@ -12,7 +12,9 @@
 // The plain C++ half, shared with the operations that use it.
 struct PreparedStore {
   UniqueFd fd;
+  // None for a device.
   std::vector<struct stillblock_extent> extents;
+  bool is_device = false;
   uint64_t size_bytes = 0;
   // Of the device that the extents lie on.
   uint32_t major = 0;
@@ -25,7 +27,7 @@ class StoreFile final : public Napi::ObjectWrap<StoreFile> {
   static Napi::Function Define(Napi::Env env);
   // createStore(folder, sizeBytes): Promise<StoreFile>, of a file without a name
   static Napi::Value Create(const Napi::CallbackInfo& info);
-  // openStore(path, sizeBytes | 0 for all of it): Promise<StoreFile>
+  // openStore(path, sizeBytes | 0 for all of it): Promise<StoreFile>, of a file or a block device
   static Napi::Value Open(const Napi::CallbackInfo& info);
   // The store in a JavaScript value, or null if it is none, or closed.
   static std::shared_ptr<const PreparedStore> From(Napi::Value value);

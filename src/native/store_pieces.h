@@ -8,7 +8,7 @@
 #include "arguments.h"
 #include "store_file.h"
 
-// A file, or memory of a limit.
+// A file or device, or memory of a limit.
 struct StorePiece {
   std::shared_ptr<const PreparedStore> file;
   uint64_t memory_bytes = 0;
@@ -26,7 +26,10 @@ struct StorePiece {
   // Points into this piece.
   struct stillblock_store ToRequest() const {
     struct stillblock_store store = {};
-    if (file) {
+    if (file && file->is_device) {
+      store.kind = STILLBLOCK_STORE_DEVICE;
+      store.file_fd = file->fd.get();
+    } else if (file) {
       store.kind = STILLBLOCK_STORE_FILE;
       store.file_fd = file->fd.get();
       store.extents = reinterpret_cast<uintptr_t>(file->extents.data());

@@ -67,6 +67,43 @@ test('devices are related up and down, not across', async (t) => {
   t.false(devices.related('104:0', '254:0'));
 });
 
+test('what is on a partition is on its disk, and nowhere else', async (t) => {
+  const devices = await machine(t);
+  t.true(devices.isOn('254:1', '254:1'));
+  t.true(devices.isOn('254:1', '254:0'));
+  t.false(devices.isOn('254:0', '254:1'), 'not the other way round');
+  t.false(devices.isOn('252:0', '254:1'), 'not through another device');
+  t.false(devices.isOn('254:1', '254:16'));
+});
+
+test('a path of a multipath device is written to unseen, from its disk to its partitions', async (t) => {
+  const path = { number: '8:0', sectors: 2048 };
+  const devices = await BlockDevices.read(
+    await fakeSysfs(t, [
+      { ...path, path: 'pci/sda', number: '8:0', queue: true },
+      { ...path, path: 'pci/sda/sda1', number: '8:1', partition: 1 },
+      { ...path, path: 'pci/sdb', number: '8:16', queue: true },
+      { ...path, path: 'pci/sdb/sdb1', number: '8:17', partition: 1 },
+      { ...path, path: 'pci/sdc', number: '8:32', queue: true },
+      ...[
+        { path: 'virtual/dm-0', number: '252:0', dmName: 'mpatha', slaves: ['pci/sda'] },
+        { path: 'virtual/dm-1', number: '252:1', dmName: 'mpathb', slaves: ['pci/sdb/sdb1'] },
+      ].map((multipath) => ({ ...path, ...multipath, queue: true })),
+      { ...path, path: 'virtual/dm-2', number: '252:2', dmName: 'lv', slaves: ['virtual/dm-0'] },
+      { ...path, path: 'virtual/dm-3', number: '252:3', dmName: 'other', slaves: ['pci/sdc'] },
+    ]),
+  );
+  for (const number of ['8:0', '8:1']) {
+    t.is(devices.unseenWriter(number)?.path, '/dev/mapper/mpatha', number);
+  }
+  for (const number of ['8:16', '8:17']) {
+    t.is(devices.unseenWriter(number)?.path, '/dev/mapper/mpathb', number);
+  }
+  for (const number of ['252:0', '252:1', '252:2', '252:3', '8:32']) {
+    t.is(devices.unseenWriter(number), undefined, number);
+  }
+});
+
 test('stacked devices come top down, others as they were', async (t) => {
   const devices = await machine(t);
   const order = ['104:0', '254:16', '254:1', '252:0', '254:0', '252:1'];

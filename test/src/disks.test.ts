@@ -2,7 +2,7 @@
 /** Which devices a command means. */
 import test from 'ava';
 import { type BlockDevice, BlockDevices } from '../../src/block-devices.ts';
-import { blockDeviceAt, chooseDisks, parseDiskRequest } from '../../src/disks.ts';
+import { blockDeviceAt, chooseDisks, parseDiskRequest, requireSeen } from '../../src/disks.ts';
 import type { Tracker } from '../../src/native.ts';
 
 function device(number: string, diskName: string, beneath: readonly string[] = []): BlockDevice {
@@ -79,6 +79,16 @@ test('what is not tracked, or named twice, is refused', (t) => {
     message: /both be called vg0-data/,
   });
   t.is(chooseDisks([data, twin], devices, [named('a', '252:0'), named('b', '252:1')]).length, 2);
+});
+
+test('a path of a multipath device is no disk to track, nor to back up', (t) => {
+  const above: BlockDevice = { ...device('252:2', 'mpatha', ['8:0']), passesRequests: true };
+  const paths = new BlockDevices([device('8:0', 'sda'), device('8:16', 'sdb'), above]);
+  const refusal = { code: 'MULTIPATH_PATH', message: /^\/dev\/sda .*mpatha/ };
+  t.throws(() => requireSeen('/dev/sda', '8:0', paths), refusal);
+  t.throws(() => chooseDisks([sda], paths, []), refusal);
+  t.notThrows(() => requireSeen('/dev/sdb', '8:16', paths));
+  t.notThrows(() => requireSeen('/dev/mapper/mpatha', '252:2', paths));
 });
 
 test('a device that has gone still has a name', (t) => {

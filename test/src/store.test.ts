@@ -6,7 +6,7 @@ import test from 'ava';
 import fc from 'fast-check';
 import { type BlockDevice, BlockDevices, splitDeviceNumber } from '../../src/block-devices.ts';
 import { createStore, openStore, storeExtents } from '../../src/native.ts';
-import { defaultStoreBytes, growthBytes, planStore, Store } from '../../src/store.ts';
+import { defaultStoreBytes, growthBytes, planStores, Store } from '../../src/store.ts';
 import { folder } from './world.ts';
 
 const MIB = 2 ** 20;
@@ -134,29 +134,46 @@ test('growth stays within its bounds, and is worth it', (t) => {
   );
 });
 
-test('a place on, above or beneath an origin is refused', async (t) => {
-  const place = await folder(t);
-  const store = splitDeviceNumber((await stat(place)).dev);
-  const make = (number: string, beneath: readonly string[]): BlockDevice => ({
+function device(number: string, beneath: readonly string[], disk?: string): BlockDevice {
+  return {
     number,
     kernelName: number,
     path: `/dev/${number}`,
     diskName: number,
     sizeBytes: GIB,
     beneath,
-  });
-  const request = { place, sizeBytes: MIB, maxBytes: undefined };
+    ...(disk === undefined ? {} : { disk }),
+  };
+}
+
+test('a place on an origin itself is known, one above or beneath it is refused', async (t) => {
+  const place = await folder(t);
+  const store = splitDeviceNumber((await stat(place)).dev);
   const file = join(place, 'file');
   await writeFile(file, Buffer.alloc(MIB));
-  const plan = (devices: BlockDevice[], number: string, where = place) =>
-    planStore({ ...request, place: where }, [origin(number)], new BlockDevices(devices));
+  const plan = async (devices: BlockDevice[], numbers: string[], where = place) => {
+    const request = { places: [where], sizeBytes: MIB, maxBytes: undefined };
+    const origins = numbers.map((number) => origin(number));
+    return (await planStores(request, origins, new BlockDevices(devices)))[0];
+  };
   const refusal = { code: 'STORE_ON_ORIGIN' };
-  await t.throwsAsync(plan([make(store, [])], store), refusal, 'on it');
-  await t.throwsAsync(plan([make(store, [])], store, file), refusal, 'a file on it');
-  await t.throwsAsync(plan([make(store, ['9:9']), make('9:9', [])], '9:9'), refusal, 'above it');
-  await t.throwsAsync(plan([make('9:9', [store]), make(store, [])], '9:9'), refusal, 'beneath it');
-  const beside = [make('9:9', ['9:0']), make(store, ['9:0']), make('9:0', [])];
-  t.like(await plan(beside, '9:9'), { kind: 'folder', sizeBytes: MIB }, 'beside it');
+  const folderOn = (onOrigin: boolean) => ({ kind: 'folder', sizeBytes: MIB, onOrigin }) as const;
+  t.like(await plan([device(store, [])], [store]), folderOn(true), 'on it');
+  t.like(await plan([device(store, [])], [store], file), { kind: 'file' }, 'a file on it');
+  const partition = [device(store, ['9:0'], '9:0'), device('9:0', [])];
+  t.like(await plan(partition, ['9:0']), folderOn(true), 'on a partition of it');
+  t.like(await plan(partition, ['9:0', store]), folderOn(true), 'both');
+  const above = [device(store, ['9:9']), device('9:9', [])];
+  await t.throwsAsync(plan(above, ['9:9']), refusal, 'above it');
+  await t.throwsAsync(plan(above, [store, '9:9']), refusal, 'on one and above another');
+  await t.throwsAsync(plan(above, ['9:9'], file), refusal, 'a file above it');
+  await t.throwsAsync(
+    plan([device('9:9', [store]), device(store, [])], ['9:9']),
+    refusal,
+    'beneath it',
+  );
+  const beside = [device('9:9', ['9:0'], '9:0'), device(store, ['9:0'], '9:0'), device('9:0', [])];
+  t.like(await plan(beside, ['9:9']), folderOn(false), 'beside it');
 });
 
 test('places are told apart', async (t) => {
@@ -165,8 +182,9 @@ test('places are told apart', async (t) => {
   await writeFile(file, '');
   await truncate(file, 32 * MIB);
   const request = { sizeBytes: undefined, maxBytes: undefined };
-  const plan = (where: string, more: object = {}) =>
-    planStore({ ...request, place: where, ...more }, [origin('9:9')], NO_DEVICES);
+  const plans = (places: readonly string[], more: object = {}) =>
+    planStores({ ...request, places, ...more }, [origin('9:9')], NO_DEVICES);
+  const plan = async (where: string, more: object = {}) => (await plans([where], more))[0];
   t.like(await plan(file), { kind: 'file', path: file, sizeBytes: 32 * MIB });
   t.like(await plan(file, { sizeBytes: MIB }), { kind: 'file', sizeBytes: MIB });
   t.like(await plan(place), { kind: 'folder', path: place });
@@ -174,14 +192,22 @@ test('places are told apart', async (t) => {
   await t.throwsAsync(plan(file, { maxBytes: GIB }), { code: 'USAGE' });
   await t.throwsAsync(plan(join(place, 'absent')), { code: 'NO_STORE' });
   await t.throwsAsync(plan('/dev/null'), { code: 'STORE_NOT_FILE' });
+  const all = await plans([place, file, 'memory'], { sizeBytes: 16 * MIB, maxBytes: GIB });
+  t.deepEqual(
+    all.map(({ kind }) => kind),
+    ['folder', 'file', 'memory'],
+  );
+  await t.throwsAsync(plans([place, 'memory', place]), { code: 'USAGE', message: /twice/ });
+  const many = Array.from({ length: 17 }, (_, index) => join(place, String(index)));
+  await t.throwsAsync(plans(many), { code: 'USAGE', message: /too many/ });
   await truncate(file, MIB);
   await t.throwsAsync(plan(file), { code: 'STORE_TOO_SMALL' }, 'nobody means so small a store');
 });
 
 test('a store in a folder grows by its first size, up to its bound', async (t) => {
   const place = await folder(t);
-  const plan = { kind: 'folder', path: place, sizeBytes: 16 * MIB } as const;
-  const { store } = await Store.prepare(plan, 40 * MIB);
+  const plan = { kind: 'folder', path: place, sizeBytes: 16 * MIB, onOrigin: false } as const;
+  const { store } = await Store.prepare([plan], 40 * MIB);
   t.is(store.lowWatermarkBytes, 4 * MIB);
   t.is(store.description, `16 MiB in ${place}`);
   t.truthy(await store.grow());
@@ -191,31 +217,69 @@ test('a store in a folder grows by its first size, up to its bound', async (t) =
   await store.close();
 });
 
+test('a store on an origin does not grow: the image may need what it would take', async (t) => {
+  const path = await folder(t);
+  const plan = { kind: 'folder', path, sizeBytes: 16 * MIB, onOrigin: true } as const;
+  const { store } = await Store.prepare([plan], undefined);
+  t.is(await store.grow(), undefined);
+  await store.close();
+});
+
 test('a file does not grow, memory only as far as it is told to', async (t) => {
   const path = join(await folder(t), 'store');
   await writeFile(path, Buffer.alloc(MIB));
-  const { store: file } = await Store.prepare({ kind: 'file', path, sizeBytes: MIB }, undefined);
+  const { store: file } = await Store.prepare([{ kind: 'file', path, sizeBytes: MIB }], undefined);
   t.is(await file.grow(), undefined);
   await file.close();
   t.is((await stat(path)).size, MIB, "the file is the user's and stays");
   const plan = { kind: 'memory', sizeBytes: MIB } as const;
-  const { store: fixed, piece } = await Store.prepare(plan, undefined);
-  t.is(piece, MIB);
+  const { store: fixed, pieces } = await Store.prepare([plan], undefined);
+  t.deepEqual(pieces, [MIB]);
   t.is(await fixed.grow(), undefined);
-  const { store: growing } = await Store.prepare(plan, 2 * MIB);
+  const { store: growing } = await Store.prepare([plan], 2 * MIB);
   t.is(await growing.grow(), MIB);
   t.is(await growing.grow(), undefined);
 });
 
+test('several stores are one, and the first that can grow does', async (t) => {
+  const path = join(await folder(t), 'store');
+  await writeFile(path, Buffer.alloc(MIB));
+  const { store, pieces } = await Store.prepare(
+    [
+      { kind: 'file', path, sizeBytes: MIB },
+      { kind: 'memory', sizeBytes: 2 * MIB },
+    ],
+    4 * MIB,
+  );
+  t.is(pieces.length, 2);
+  t.is(store.sizeBytes, 3 * MIB);
+  t.is(store.description, `1 MiB in ${path} and 2 MiB in memory`);
+  t.is(await store.grow(), 2 * MIB);
+  t.is(store.sizeBytes, 5 * MIB);
+  await store.close();
+});
+
+test('nothing is left of several stores when one cannot be had', async (t) => {
+  const place = await folder(t);
+  const path = join(place, 'store');
+  await writeFile(path, Buffer.alloc(MIB));
+  const plans = [
+    { kind: 'folder', path: place, sizeBytes: MIB, onOrigin: false },
+    { kind: 'file', path: join(place, 'absent'), sizeBytes: MIB },
+  ] as const;
+  await t.throwsAsync(Store.prepare(plans, undefined), { code: 'NO_STORE' });
+  t.deepEqual(await readdir(place), ['store']);
+});
+
 test('errors about stores say what to do', async (t) => {
   const place = await folder(t);
-  const plan = { kind: 'folder', path: '/dev/shm', sizeBytes: MIB } as const;
-  await t.throwsAsync(Store.prepare(plan, undefined), {
+  const plan = { kind: 'folder', path: '/dev/shm', sizeBytes: MIB, onOrigin: false } as const;
+  await t.throwsAsync(Store.prepare([plan], undefined), {
     code: 'STORE_FILE_SYSTEM',
     message: /\/dev\/shm/,
   });
   await t.throwsAsync(
-    Store.prepare({ kind: 'file', path: join(place, 'absent'), sizeBytes: MIB }, undefined),
+    Store.prepare([{ kind: 'file', path: join(place, 'absent'), sizeBytes: MIB }], undefined),
     { code: 'NO_STORE' },
   );
 });

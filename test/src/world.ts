@@ -36,6 +36,8 @@ export interface FakeDevice {
   readonly slaves?: readonly string[];
   readonly partition?: number;
   readonly backingFile?: string;
+  /** It passes requests on, and so has a hardware queue. */
+  readonly queue?: boolean;
 }
 
 /** Makes a sysfs of real folders and links, laid out as the kernel's is. */
@@ -64,6 +66,9 @@ export async function fakeSysfs(
       await writeFile(join(path, file), `${text}\n`);
     }
     await mkdir(join(path, 'slaves'), { recursive: true });
+    if (device.queue === true) {
+      await mkdir(join(path, 'mq/0'), { recursive: true });
+    }
     for (const slave of device.slaves ?? []) {
       await symlink(join(root, 'devices', slave), join(path, 'slaves', slave.replace(/^.*\//, '')));
     }
