@@ -74,6 +74,28 @@ export const DEFAULT_LIMITS: Limits = {
   drainMs: 5_000,
 };
 
+/** A socket's unread and unparsed input, in Node's own pieces. */
+const INPUT_BYTES = 2 * 64 * KIB;
+/** A request that waits: its promise, its closures, its place in queues. */
+const REQUEST_BYTES = 2 * KIB;
+/** Buffers come in powers of two. */
+const BUFFER_OVERHEAD = 2;
+
+/**
+ * Most memory that clients together can make the server hold, whatever they ask and however
+ * slowly they fetch it, bytes. What the kernel keeps in socket buffers is not in it.
+ */
+export function mostClientBytes(limits: Limits): number {
+  const { connections, handshakes, requestsInFlight } = limits;
+  const transmission = BUFFER_OVERHEAD * limits.pieceBytes + requestsInFlight * REQUEST_BYTES;
+  return (
+    connections * (INPUT_BYTES + transmission) +
+    handshakes * (INPUT_BYTES + 2 * limits.optionBytes) +
+    BUFFER_OVERHEAD * limits.bytesInFlight +
+    limits.idleBufferBytes
+  );
+}
+
 /**
  * Completes and checks limits.
  *

@@ -4,6 +4,7 @@ import { connect, type Socket } from 'node:net';
 import { Decoder } from './decoder.ts';
 import type { Session } from './generator.ts';
 import type { Random } from './random.ts';
+import type { Address } from './serving.ts';
 
 /** Longer than any drain or handshake may take, milliseconds: only a fault lasts so long. */
 const PATIENCE_MS = 30_000;
@@ -51,11 +52,7 @@ async function send(socket: Socket, bytes: Buffer, random: Random): Promise<void
  *
  * @throws Error if the server says anything wrong, or does not close
  */
-export async function play(
-  address: { path: string } | { host: string; port: number },
-  session: Session,
-  random: Random,
-): Promise<Played> {
+export async function play(address: Address, session: Session, random: Random): Promise<Played> {
   const decoder = new Decoder(session);
   const socket = connect({ ...address, noDelay: true });
   const leaving: Leaving = random.once(10) ? 'reset' : 'fin';

@@ -1,26 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 /** A server under fuzzing: what it serves, who talks to it, and what it may never do. */
-import { type ChildProcess, spawn } from 'node:child_process';
-import { once } from 'node:events';
-import { mkdtemp, open, readFile, rm, writeFile } from 'node:fs/promises';
+import { open, writeFile } from 'node:fs/promises';
 import { connect } from 'node:net';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import { DEFAULT_LIMITS } from '../../nbd/limits.ts';
 import { play } from './client.ts';
 import { type Session, SessionGenerator, type Target } from './generator.ts';
 import { CMD, infoData, OPT, optionBytes, requestBytes } from './protocol.ts';
 import { Random } from './random.ts';
-import { DIRTY, SECTOR, type Truth } from './truth.ts';
+import { type Address, ServerProcess } from './serving.ts';
+import { DIRTY, SECTOR } from './truth.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 const MIB = 1 << 20;
 /** Fuzzing clients at a time. */
 const CLIENTS = 8;
 const MOST_REQUESTS = 250;
-/** How long the server may take to begin, to answer the innocent client, and to end. */
+/** How long the server may take to answer the innocent client, milliseconds. */
 const PATIENCE_MS = 30_000;
 const SAMPLE_MS = 100;
 /**
@@ -111,97 +106,29 @@ function dirtySectors(bytes: number): Uint8Array {
   return sectors;
 }
 
-class Server {
-  readonly target: Target;
-  readonly address: { path: string } | { host: string; port: number };
-  readonly #child: ChildProcess;
-  readonly #home: string;
-  readonly #exit: Promise<unknown[]>;
-  readonly #errors: string[];
-
-  private constructor(
-    child: ChildProcess,
-    home: string,
-    target: Target,
-    address: { path: string } | { host: string; port: number },
-    errors: string[],
-  ) {
-    this.#child = child;
-    this.#home = home;
-    this.target = target;
-    this.address = address;
-    this.#errors = errors;
-    this.#exit = once(child, 'close');
+/** Makes the files of a target, and the server's arguments for them. */
+async function prepare(home: string, truths: Target['exports']): Promise<string[]> {
+  for (const { name, data } of truths) {
+    await writeSparse(join(home, name), data);
   }
+  await writeFile(join(home, 'monday.json'), JSON.stringify(RANGES));
+  return [
+    ...truths.flatMap(({ name }) => ['--export', `${name}=${join(home, name)}`]),
+    ...['--dirty', `large:monday=${join(home, 'monday.json')}`],
+  ];
+}
 
-  static async start(options: FuzzOptions): Promise<Server> {
-    const home = await mkdtemp(join(tmpdir(), 'stillblock-fuzz-'));
-    const random = new Random(0);
-    const large = content(random, 3 * MIB + 777);
-    const small = content(random, 70_001);
-    await writeSparse(join(home, 'large'), large);
-    await writeFile(join(home, 'small'), small);
-    await writeFile(join(home, 'monday.json'), JSON.stringify(RANGES));
-    const truths: [Truth, Truth] = [
-      { name: 'large', data: large, dirty: new Map([[DIRTY, dirtySectors(large.length)]]) },
-      { name: 'small', data: small, dirty: new Map() },
-    ];
-    const child = spawn(
-      process.execPath,
-      [
-        ...[CLI, 'nbd', '--json', '-U', join(home, 'sock'), '-p', '0'],
-        ...(options.engine === undefined ? [] : [`--engine=${options.engine}`]),
-        ...['--export', `large=${join(home, 'large')}`, '--export', `small=${join(home, 'small')}`],
-        ...['--dirty', `large:monday=${join(home, 'monday.json')}`],
-      ],
-      { stdio: ['ignore', 'pipe', 'pipe'] },
-    );
-    const errors: string[] = [];
-    createInterface({ input: child.stderr }).on('line', (line) => {
-      // Warnings are the peer's fault, of which there is plenty; errors would be ours.
-      if (!line.startsWith('{"level":40') && errors.length < 20) {
-        errors.push(line);
-      }
-    });
-    const timer = setTimeout(() => child.kill('SIGKILL'), PATIENCE_MS);
-    const [line] = (await once(createInterface({ input: child.stdout }), 'line')) as [string];
-    clearTimeout(timer);
-    const { exports } = JSON.parse(line) as { exports: { uris: string[] }[] };
-    const port = Number(/:(\d+)\//.exec(exports[0]?.uris[1] ?? '')?.[1]);
-    const address = options.tcp ? { host: '127.0.0.1', port } : { path: join(home, 'sock') };
-    const target: Target = {
-      exports: truths,
-      extendedHeaders: await offersExtendedHeaders(address),
-      maxDontFragmentBytes: DEFAULT_LIMITS.pieceBytes,
-      maxReadBytes: DEFAULT_LIMITS.readBytes,
-    };
-    return new Server(child, home, target, address, errors);
-  }
-
-  async residentBytes(): Promise<number> {
-    const status = await readFile(`/proc/${this.#child.pid}/status`, 'utf8');
-    return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) * 1024;
-  }
-
-  /** Ends it. Returns what was wrong with its life or its end. */
-  async end(): Promise<string | undefined> {
-    const died = this.#child.exitCode !== null || this.#child.signalCode !== null;
-    this.#child.kill('SIGTERM');
-    const timer = setTimeout(() => this.#child.kill('SIGKILL'), PATIENCE_MS);
-    const [code, signal] = (await this.#exit) as [number | null, string | null];
-    clearTimeout(timer);
-    await rm(this.#home, { recursive: true, force: true });
-    if (died || code !== 0) {
-      return `the server ${died ? 'died' : 'ended'}: ${code ?? signal}\n${this.#errors.join('\n')}`;
-    }
-    return this.#errors.length > 0 ? `its own errors:\n${this.#errors.join('\n')}` : undefined;
-  }
+function makeTruths(): Target['exports'] {
+  const random = new Random(0);
+  const large = content(random, 3 * MIB + 777);
+  return [
+    { name: 'large', data: large, dirty: new Map([[DIRTY, dirtySectors(large.length)]]) },
+    { name: 'small', data: content(random, 70_001), dirty: new Map() },
+  ];
 }
 
 /** Asks once, since not every version of the server has them. */
-async function offersExtendedHeaders(
-  address: { path: string } | { host: string; port: number },
-): Promise<boolean> {
+async function offersExtendedHeaders(address: Address): Promise<boolean> {
   const socket = connect(address);
   const flags = Buffer.from([0, 0, 0, 3]);
   socket.write(Buffer.concat([flags, optionBytes(OPT.extendedHeaders, Buffer.alloc(0))]));
@@ -221,13 +148,13 @@ class Witness {
   maxMs = 0;
   fault: string | undefined;
   readonly #target: Target;
-  readonly #address: { path: string } | { host: string; port: number };
+  readonly #address: Address;
   #stop = false;
   #running: Promise<void>;
 
-  constructor(server: Server) {
-    this.#target = server.target;
-    this.#address = server.address;
+  constructor(target: Target, address: Address) {
+    this.#target = target;
+    this.#address = address;
     this.#running = this.#run().catch((error: unknown) => {
       this.fault = `innocent client: ${String(error)}`;
     });
@@ -297,7 +224,19 @@ function sessionOf(seed: number, target: Target): { session: Session; random: Ra
 /** Fuzzes a server of its own until so many messages are sent, or something is wrong. */
 export async function fuzz(options: FuzzOptions): Promise<FuzzOutcome> {
   const began = performance.now();
-  const server = await Server.start(options);
+  const exports = makeTruths();
+  const engine = options.engine === undefined ? [] : [`--engine=${options.engine}`];
+  const server = await ServerProcess.start(async (home) => [
+    ...engine,
+    ...(await prepare(home, exports)),
+  ]);
+  const address = options.tcp === true ? server.tcp : server.unix;
+  const target: Target = {
+    exports,
+    extendedHeaders: await offersExtendedHeaders(address),
+    maxDontFragmentBytes: DEFAULT_LIMITS.pieceBytes,
+    maxReadBytes: DEFAULT_LIMITS.readBytes,
+  };
   const start = await server.residentBytes();
   const seeds = new Random(options.seed);
   const total = { sessions: 0, messages: 0, replies: 0 };
@@ -314,14 +253,14 @@ export async function fuzz(options: FuzzOptions): Promise<FuzzOutcome> {
       },
     );
   }, SAMPLE_MS);
-  const witness = new Witness(server);
+  const witness = new Witness(target, address);
   const client = async (): Promise<void> => {
     while (fault === undefined && total.messages < options.messages) {
       const seed = options.session ?? seeds.below(2 ** 48);
-      const { session, random } = sessionOf(seed, server.target);
+      const { session, random } = sessionOf(seed, target);
       total.messages += options.session === undefined ? session.messages.length : options.messages;
       try {
-        const played = await play(server.address, session, random);
+        const played = await play(address, session, random);
         total.sessions += 1;
         total.replies += played.replies;
       } catch (error) {
