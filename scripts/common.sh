@@ -9,7 +9,7 @@ checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Everything that is fetched or expensive, shared by all checkouts of a user.
 cache=${STILLBLOCK_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/stillblock}
 # The stock kernels that the module is built for and tested on.
-kernels='6.1 6.12'
+kernels='5.10 6.1 6.12 7.2'
 # shellcheck disable=SC2034  # read by the scripts that source this file
 readonly checkout cache kernels
 

@@ -3,6 +3,9 @@
 # Everything that `npm test` and `npm run demo` need, on a Debian 12 machine
 # with Node and this checkout: Debian packages, npm packages, stock kernels in
 # the cache, the kernel module for each, the addon, the compiled TypeScript.
+#
+#   scripts/setup.sh [KERNEL]...      (default: those of `npm test`)
+#
 # What is there already is not done again; then it takes a few seconds and no
 # network. Nothing but Debian's archives and the npm registry is contacted.
 . "$(dirname "$0")/common.sh"
@@ -16,8 +19,11 @@ packages=(
     qemu-system-x86 busybox-static util-linux python3
     # what runs inside the guests, whose root is this machine's
     e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio mount procps psmisc iproute2
-    # other people's NBD clients, and checkers of formats
-    qemu-utils libnbd-bin python3-libnbd nbd-client socat libxml2-utils
+    mdadm cryptsetup-bin thin-provisioning-tools strace
+    # the toolchain of kernels that are newer than this Debian
+    debootstrap
+    # other people's NBD clients and servers, and checkers of formats
+    qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat libxml2-utils
 )
 
 missing_packages() {
@@ -88,7 +94,9 @@ node_major=$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null) || die '
 lock setup
 debian_packages
 npm_packages
-"$checkout/scripts/kernels.sh"
-for kernel in $kernels; do "$checkout/scripts/build-module.sh" "$kernel"; done
+[ $# -gt 0 ] || set -- 6.1 6.12
+"$checkout/scripts/kernels.sh" "$@"
+"$checkout/scripts/clients.sh"
+for kernel; do "$checkout/scripts/build-module.sh" "$kernel"; done
 addon
 typescript

@@ -16,7 +16,7 @@ export const cacheFolder: string =
   join(process.env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'stillblock');
 
 /** The stock kernels that guests boot, as scripts/kernels.sh names them. */
-export const kernelNames = ['6.1', '6.12'] as const;
+export const kernelNames = ['5.10', '6.1', '6.12', '7.2'] as const;
 export type KernelName = (typeof kernelNames)[number];
 
 export interface StockKernel {

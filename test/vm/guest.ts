@@ -40,6 +40,11 @@ export interface GuestOptions {
   readonly disks?: readonly GuestDisk[];
   readonly memoryMiB?: number;
   readonly cpus?: number;
+  /**
+   * The guest's clock counts instructions, each as 2 to this power nanoseconds (QEMU's
+   * -icount); always emulated, and with one processor.
+   */
+  readonly icount?: number;
   /** TCP ports of the guest, each forwarded from a free port of the host's loopback. */
   readonly forwardPorts?: readonly number[];
   readonly extraArgs?: readonly string[];
@@ -106,6 +111,7 @@ function kvmIsUsable(): boolean {
  * @throws Error with the console when the guest does not reach its agent.
  */
 export async function bootGuest(options: GuestOptions): Promise<Guest> {
+  if (options.icount !== undefined) return Guest.boot({ ...options, cpus: 1 }, 'tcg', bootLimitMs);
   const remembered = await rememberedAccelerator();
   if (remembered === undefined && kvmIsUsable()) {
     try {
@@ -209,7 +215,9 @@ export class Guest {
     return [
       ...(this.accelerator === 'kvm'
         ? ['-accel', 'kvm', '-cpu', 'host']
-        : ['-accel', 'tcg,thread=multi', '-cpu', 'max']),
+        : options.icount === undefined
+          ? ['-accel', 'tcg,thread=multi', '-cpu', 'max']
+          : ['-accel', 'tcg', '-icount', `shift=${options.icount},sleep=off`, '-cpu', 'max']),
       ...['-machine', 'pc', '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
       ...['-smp', String(options.cpus ?? 2), '-m', String(options.memoryMiB ?? 2048)],
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
