@@ -44,6 +44,8 @@
 #define HUNG_S		180
 /* The last steps end within this, or something hangs. */
 #define END_S		300
+/* How often it says how far it is. */
+#define REPORT_S	20
 
 struct world world;
 
@@ -95,7 +97,7 @@ static void print(const char *format, va_list args)
 	char line[2048];
 
 	vsnprintf(line, sizeof(line), format, args);
-	fprintf(stderr, "%7.2f %s\n", (now_ns() - started_ns) / 1e9, line);
+	printf("%7.2f %s\n", (now_ns() - started_ns) / 1e9, line);
 }
 
 void say(const char *format, ...)
@@ -411,7 +413,8 @@ static void change_pace(struct rng *rng)
 
 static void wait_for_the_end(void)
 {
-	uint64_t end = started_ns + world.seconds * 1000000000ull;
+	uint64_t end = now_ns() + world.seconds * 1000000000ull;
+	uint64_t report = now_ns();
 	struct rng rng;
 
 	rng_seed(&rng, world.seed, 2, 0);
@@ -419,6 +422,13 @@ static void wait_for_the_end(void)
 		change_pace(&rng);
 		usleep(500000 + rng_below(&rng, 1500000));
 		find_hung_writes();
+		if (now_ns() < report)
+			continue;
+		report += REPORT_S * 1000000000ull;
+		say("%llu takes, %llu images, %llu MiB written",
+		    (unsigned long long)world.nr_takes,
+		    (unsigned long long)world.nr_images,
+		    (unsigned long long)world.bytes_written >> 20);
 	}
 }
 
@@ -499,7 +509,6 @@ static void print_results(void)
 		printf(",\"%s\":%llu", results[i].name,
 		       (unsigned long long)results[i].value);
 	printf("}\n");
-	fflush(stdout);
 }
 
 static void end_is_late(int signal)
@@ -507,7 +516,7 @@ static void end_is_late(int signal)
 	static const char text[] = "VIOLATION: the end does not come\n";
 
 	(void)signal;
-	if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0)
+	if (write(STDOUT_FILENO, text, sizeof(text) - 1) < 0)
 		_exit(2);
 	_exit(1);
 }
@@ -518,6 +527,7 @@ int main(int argc, char **argv)
 	uint32_t i;
 
 	started_ns = now_ns();
+	setlinebuf(stdout);
 	world.clock = shared_memory(sizeof(*world.clock));
 	setrlimit(RLIMIT_NOFILE, &files);
 	signal(SIGPIPE, SIG_IGN);

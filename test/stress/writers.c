@@ -12,10 +12,12 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/io_uring.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -175,7 +177,9 @@ static bool slot_completed(struct writer *writer, struct slot *slot, long res)
 		slot_end(writer, slot);
 		return false;
 	}
-	if (slot->nowait && (res == -EAGAIN || res >= 0)) {
+	/* Some drivers know no NOWAIT at all. */
+	if (slot->nowait &&
+	    (res == -EAGAIN || res == -EOPNOTSUPP || res >= 0)) {
 		slot->nowait = false;
 		atomic_fetch_add(&world.nr_nowait_refused, 1);
 		return true;
@@ -509,6 +513,68 @@ static void run_erasing(struct writer *writer)
 	}
 }
 
+/* Names that a churner uses at once in a file system. */
+#define CHURN_NAMES	48
+
+static void churn_file(struct writer *writer, const char *path)
+{
+	struct slot *slot = &writer->slots[0];
+	size_t bytes = rng_below(&writer->rng, 262144);
+	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+
+	if (fd < 0)
+		return;
+	if (rng_chance(&writer->rng, 30) &&
+	    ftruncate(fd, rng_below(&writer->rng, 262144)))
+		write_failed("truncate", slot->target, 0, errno);
+	memset(slot->memory, rng_next(&writer->rng), bytes);
+	/* The file system may be full; that is not the module's doing. */
+	if (pwrite(fd, slot->memory, bytes,
+		   rng_below(&writer->rng, 65536)) < 0 && errno != ENOSPC)
+		write_failed("write", slot->target, 0, errno);
+	if (rng_chance(&writer->rng, 30) && fsync(fd))
+		write_failed("fsync", slot->target, 0, errno);
+	close(fd);
+}
+
+/* Makes and unmakes files and folders beside the stamped file. */
+static void run_churn(struct writer *writer)
+{
+	struct slot *slot = &writer->slots[0];
+
+	while (!world.stop_writers) {
+		struct target *target = pick_target(writer);
+		const char *slash = strrchr(target->path, '/');
+		int folder = slash - target->path;
+		char a[2 * PATH_BYTES + 32], b[2 * PATH_BYTES + 32];
+
+		slot->target = target;
+		snprintf(a, sizeof(a), "%.*s/churn%u", folder, target->path,
+			 (unsigned int)rng_below(&writer->rng, CHURN_NAMES));
+		snprintf(b, sizeof(b), "%.*s/churn%u", folder, target->path,
+			 (unsigned int)rng_below(&writer->rng, CHURN_NAMES));
+		switch (rng_below(&writer->rng, 6)) {
+		case 0:
+			unlink(a);
+			break;
+		case 1:
+			rename(a, b);
+			break;
+		case 2:
+			link(a, b);
+			break;
+		case 3:
+			if (mkdir(a, 0700))
+				rmdir(a);
+			break;
+		default:
+			churn_file(writer, a);
+			break;
+		}
+		pause_up_to(&writer->rng, 2 * world.pace_us);
+	}
+}
+
 static void open_targets(struct writer *writer)
 {
 	uint32_t i;
@@ -570,6 +636,7 @@ void writers_start(void)
 	writer_add("file write", run_direct, 1, true, false);
 	writer_add("cached file write", run_cached, 8, true, false);
 	writer_add("erasing in a file", run_erasing, 1, true, false);
+	writer_add("churn", run_churn, 1, true, false);
 }
 
 void writers_join(void)

@@ -1,0 +1,97 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# In a guest: makes every kind of device that the stress test writes to from
+# the data disks that its variables name, and the stores beside them. Prints
+# the test's arguments, one a line, devices top down.
+#
+# Variables: whole parted both under lvm1 lvm2 crypt md files ext4 xfs btrfs
+# nvme scsi store storedisk, each a device node.
+set -e
+export PATH=$PATH:/usr/sbin:/sbin
+exec 3>&1 >&2
+sectors() { blockdev --getsz "$1"; }
+
+modprobe -a nvme virtio_scsi sd_mod dm-mod dm-thin-pool dm-crypt raid0 raid1 raid456 loop xfs btrfs
+
+# A partition beside swap in use, and one that begins at an odd sector.
+printf 'start=1MiB, size=16MiB\nstart=18MiB, type=82\n' | sfdisk --quiet --label dos "$parted"
+mkswap -q "${parted}2"
+swapon "${parted}2"
+echo 'start=2049, size=28001' | sfdisk --quiet --label dos "$both"
+
+dmsetup create --noudevsync upper --table "0 $(($(sectors "$under") - 8192)) linear $under 8192"
+pvcreate -q "$lvm1" "$lvm2"
+vgcreate -q vg0 "$lvm1" "$lvm2"
+lvcreate -q -y -Wn -L 16M -n linear vg0 "$lvm1"
+lvcreate -q -y -Wn -L 16M -i 2 -I 16k -n striped vg0
+lvcreate -q -y -L 24M --poolmetadatasize 4M -Zy --thinpool pool vg0
+lvcreate -q -y -Wn -V 16M --thin -n thin vg0/pool
+echo secret | cryptsetup open --disable-keyring --type plain --cipher aes-xts-plain64 --key-size 256 "$crypt" secret
+printf 'start=%sMiB, size=12MiB\n' 1 14 27 40 53 66 79 | sfdisk --quiet --label gpt "$md"
+new() { mdadm --create --quiet --run --assume-clean --metadata=1.2 --homehost=any "$@"; }
+new /dev/md0 --level=0 --raid-devices=2 "${md}1" "${md}2"
+new /dev/md1 --level=1 --raid-devices=2 "${md}3" "${md}4"
+new /dev/md5 --level=5 --raid-devices=3 "${md}5" "${md}6" "${md}7"
+dmsetup mknodes
+
+mkdir -p /srv/files /srv/ext4 /srv/xfs /srv/btrfs /srv/store
+mkfs.ext4 -q -F "$files"
+mount "$files" /srv/files
+fallocate -l 16M /srv/files/loop
+losetup /dev/loop0 /srv/files/loop
+mkfs.ext4 -q -F "$ext4"
+mount "$ext4" /srv/ext4
+mkfs.xfs -q -f "$xfs"
+mount "$xfs" /srv/xfs
+mkfs.btrfs -q -f "$btrfs"
+mount "$btrfs" /srv/btrfs
+# Stores on the origins themselves have to be there before the take.
+fallocate -l 24M /srv/ext4/store
+fallocate -l 40M /srv/xfs/store
+
+# Stores: files in one piece and in many, a disk and a partition.
+mkfs.ext4 -q -F -E nodiscard "$store"
+mount "$store" /srv/store
+for i in $(seq 240); do fallocate -l 64K "/srv/store/piece$i"; done
+sync
+rm /srv/store/piece*[02468]
+fallocate -l 12M /srv/store/one
+# What is left free lies in the gaps first.
+fallocate -l "$(($(stat -f -c '%a * %S' /srv/store) - 12 * 1024 * 1024))" /srv/store/fill
+fallocate -l 8M /srv/store/pieces
+sync -f /srv/store
+printf 'start=1MiB, size=24MiB\nstart=26MiB\n' | sfdisk --quiet --label dos "$storedisk"
+
+# Requests that have to wait for a tag keep their submitters in between.
+for disk in "$both" "$whole" "$parted"; do echo 4 >"/sys/block/${disk#/dev/}/queue/nr_requests"; done
+
+cat >&3 <<END
+--device path=/dev/mapper/vg0-linear
+--device path=/dev/mapper/vg0-striped
+--device path=/dev/mapper/vg0-thin
+--device path=/dev/mapper/secret
+--device path=/dev/mapper/upper,on=$under,at=8192
+--device path=/dev/md0
+--device path=/dev/md1
+--device path=/dev/md5
+--device path=/dev/loop0
+--device path=$ext4,mount=/srv/ext4,fs=ext4,file=stamped
+--device path=$xfs,mount=/srv/xfs,fs=xfs,file=stamped
+--device path=$btrfs,mount=/srv/btrfs,fs=btrfs,file=stamped
+--device path=${both}1,on=$both,at=2049
+--device path=${parted}1
+--device path=$whole
+--device path=$nvme
+--device path=$scsi
+--device path=$both
+--device path=$under,written=8192
+--device path=$parted,opaque
+--device path=$lvm1,opaque
+--device path=$crypt,opaque
+--store-file /srv/store/one
+--store-file /srv/store/pieces
+--store-file /srv/ext4/store,origin=$ext4
+--store-file /srv/xfs/store,origin=$xfs
+--store-device ${storedisk}1
+--store-device ${storedisk}2
+END

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the stress test in a guest: compiles it, boots a kernel with a disk for
+// every kind of device, lets devices.sh make them, and judges the outcome.
+
+import { mkdir, mkdtemp, readdir, rename, rm, stat } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { checkout, type KernelName } from '../vm/checkout.ts';
+import { bootGuest, type Guest } from '../vm/guest.ts';
+import { runTool } from '../vm/host.ts';
+import { shellQuote } from '../vm/initrd.ts';
+
+const MiB = 1 << 20;
+const sources: string = join(checkout, 'test/stress');
+
+/** Data disks, MiB; XFS and btrfs refuse to be smaller. */
+const disks = {
+  whole: 16,
+  parted: 32,
+  both: 16,
+  under: 16,
+  lvm1: 48,
+  lvm2: 48,
+  crypt: 16,
+  md: 96,
+  files: 32,
+  ext4: 64,
+  xfs: 304,
+  btrfs: 160,
+  store: 48,
+  storedisk: 64,
+} as const;
+/** Disks on other buses; see the arguments of QEMU. */
+const busDiskMiB = 16;
+
+const setupLimitMs = 300_000;
+/** What the last steps and the final checks may take, after the time is over. */
+const endLimitMs = 420_000;
+const showEveryMs = 2_000;
+
+/** The counts of a run, as the program prints them. */
+export interface StressCounts {
+  readonly seed: number;
+  readonly seconds: number;
+  readonly takes: number;
+  readonly images: number;
+  readonly imageBytesRead: number;
+  readonly unitsChecked: number;
+  readonly filesChecked: number;
+  readonly fileSystemsChecked: number;
+  readonly mapBlocksChecked: number;
+  readonly checkpointPairs: number;
+  readonly pairBlocksCompared: number;
+  readonly stackedBlocksCompared: number;
+  readonly bytesWritten: number;
+  readonly kills: number;
+  readonly overflows: number;
+  readonly growths: number;
+  readonly refused: number;
+  readonly violations: number;
+}
+
+/** What was seen of a run. */
+export interface StressResult {
+  /** undefined when the program ended before it could count. */
+  readonly counts: StressCounts | undefined;
+  readonly code: number;
+  /** What it said while it ran, violations included. */
+  readonly log: string;
+}
+
+export interface StressOptions {
+  /** Repeats the choices of another run. */
+  readonly seed: number;
+  readonly seconds: number;
+  readonly onLine?: (line: string) => void;
+}
+
+async function newest(paths: readonly string[]): Promise<number> {
+  const times = await Promise.all(paths.map(async (path) => (await stat(path)).mtimeMs));
+  return Math.max(...times);
+}
+
+/**
+ * Compiles the program, with warnings as errors.
+ * @returns its path, the same in the guest as here.
+ */
+async function buildStress(): Promise<string> {
+  const folder = join(checkout, 'build/stress');
+  const program = join(folder, 'stress');
+  const uapi = join(checkout, 'module/uapi');
+  const files = (await readdir(sources)).map((name) => join(sources, name));
+  const inputs = files.filter((path) => path.endsWith('.c') || path.endsWith('.h'));
+  await mkdir(folder, { recursive: true });
+  const built = await newest([program]).catch(() => 0);
+  if (built > (await newest([...inputs, join(uapi, 'linux/stillblock.h')]))) return program;
+  // Another process may do the same at this moment.
+  const fresh = `${program}.${process.pid}`;
+  await runTool('gcc-12', [
+    ...['-std=gnu11', '-O2', '-Wall', '-Wextra', '-Werror', '-pthread', '-I', uapi],
+    ...['-o', fresh, ...inputs.filter((path) => path.endsWith('.c'))],
+  ]);
+  await rename(fresh, program);
+  return program;
+}
+
+/** A guest with all kinds of devices, in which the test can be run. */
+export class StressGuest {
+  readonly guest: Guest;
+  readonly #folder: string;
+  readonly #program: string;
+  readonly #arguments: string;
+
+  private constructor(guest: Guest, folder: string, program: string, args: string) {
+    this.guest = guest;
+    this.#folder = folder;
+    this.#program = program;
+    this.#arguments = args;
+  }
+
+  /** Boots the kernel, loads the module and makes the devices. */
+  static async boot(kernel: KernelName): Promise<StressGuest> {
+    const program = await buildStress();
+    const folder = await mkdtemp(join(tmpdir(), 'stillblock-stress-'));
+    let guest: Guest | undefined;
+    try {
+      const [nvme, scsi] = [join(folder, 'nvme'), join(folder, 'scsi')];
+      await runTool('truncate', ['-s', `${busDiskMiB}M`, nvme, scsi]);
+      guest = await bootGuest({
+        kernel,
+        memoryMiB: 3072,
+        disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
+        appendCmdline: 'nvme.poll_queues=1',
+        extraArgs: [
+          ...['-drive', `if=none,id=nvme,format=raw,cache=unsafe,discard=unmap,file=${nvme}`],
+          ...['-device', 'nvme,drive=nvme,serial=nvme'],
+          ...['-drive', `if=none,id=scsi,format=raw,cache=unsafe,discard=unmap,file=${scsi}`],
+          ...['-device', 'virtio-scsi-pci,id=scsibus'],
+          ...['-device', 'scsi-hd,drive=scsi,bus=scsibus.0'],
+        ],
+      });
+      const booted = guest;
+      const nodes = await Promise.all(
+        Object.keys(disks).map(async (name) => `${name}=${await booted.disk(name)}`),
+      );
+      const { stdout } = await guest.run(
+        `${nodes.join(' ')} nvme=/dev/nvme0n1 scsi=/dev/sda ${shellQuote(join(sources, 'devices.sh'))}`,
+        { timeoutMs: setupLimitMs },
+      );
+      await guest.loadModule();
+      return new StressGuest(guest, folder, program, stdout.replaceAll('\n', ' '));
+    } catch (error) {
+      await guest?.kill();
+      await rm(folder, { recursive: true, force: true });
+      throw error;
+    }
+  }
+
+  /**
+   * Runs the test once; a violation is a result, not an error.
+   * @param onLine gets what it says while it runs.
+   */
+  async run({ seed, seconds, onLine }: StressOptions): Promise<StressResult> {
+    const command = this.guest.start(
+      `exec ${shellQuote(this.#program)} --seed ${seed} --seconds ${seconds} ${this.#arguments} 2>&1`,
+    );
+    const ended = command.wait(seconds * 1000 + endLimitMs);
+    let shown = 0;
+    const show = setInterval(() => {
+      const lines = command.stdout.split('\n').slice(0, -1);
+      for (const line of lines.slice(shown)) onLine?.(line);
+      shown = lines.length;
+    }, showEveryMs);
+    try {
+      const { stdout, code } = await ended;
+      const line = stdout.split('\n').find((text) => text.startsWith('{'));
+      const counts = line === undefined ? undefined : (JSON.parse(line) as StressCounts);
+      return { counts, code, log: stdout };
+    } finally {
+      clearInterval(show);
+    }
+  }
+
+  /**
+   * Checks the origins' file systems, unloads the module and powers off.
+   * @throws Error when anything is left of the module, or the kernel complained.
+   */
+  async end(): Promise<void> {
+    await this.guest.run(
+      `set -e
+      for fs in ext4 xfs btrfs; do findmnt -no SOURCE /srv/$fs >/run/$fs; umount /srv/$fs; done
+      e2fsck -fn $(cat /run/ext4)
+      xfs_repair -n $(cat /run/xfs)
+      btrfs check --readonly $(cat /run/btrfs)
+      rmmod stillblock`,
+      { timeoutMs: setupLimitMs },
+    );
+    await this.guest.shutdown();
+  }
+
+  /** For cleaning up; may be called at any time. */
+  async close(): Promise<void> {
+    await this.guest.kill();
+    await rm(this.#folder, { recursive: true, force: true });
+  }
+}
