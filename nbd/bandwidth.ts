@@ -19,6 +19,7 @@ const BURST_NS = BigInt(BURST_MS) * NS_PER_MS;
 export const LEAST_BYTES_PER_SECOND: number = 64 * 1024;
 
 interface Waiter {
+  readonly owner: object;
   readonly bytes: number;
   readonly resolve: () => void;
 }
@@ -93,32 +94,26 @@ export class Bandwidth {
   /**
    * Takes bytes as soon as they may pass, in the order of the calls.
    *
-   * @param signal ends the waiting; what had not its turn yet costs nothing
-   * @returns when they may pass, or the waiting has ended
+   * @param owner for whom, see {@link leave}
+   * @returns when they may pass, or the owner has left
    */
-  take(bytes: number, signal: AbortSignal): Promise<void> {
+  take(bytes: number, owner: object): Promise<void> {
     return new Promise((resolve) => {
-      if (signal.aborted) {
-        resolve();
-        return;
-      }
-      const waiter: Waiter = {
-        bytes,
-        resolve: () => {
-          signal.removeEventListener('abort', onAbort);
-          resolve();
-        },
-      };
-      const onAbort = (): void => {
-        this.#waiters.delete(waiter);
-        resolve();
-      };
-      signal.addEventListener('abort', onAbort, { once: true });
-      this.#waiters.add(waiter);
+      this.#waiters.add({ owner, bytes, resolve });
       if (this.#timer === undefined) {
         this.#serve();
       }
     });
+  }
+
+  /** Ends the waiting of an owner. What had not its turn yet costs nothing. */
+  leave(owner: object): void {
+    for (const waiter of this.#waiters) {
+      if (waiter.owner === owner) {
+        this.#waiters.delete(waiter);
+        waiter.resolve();
+      }
+    }
   }
 
   /** Lets those pass who may, and sets the timer for the first who may not. */
