@@ -9,11 +9,13 @@
  * between see the rate to within {@link BURST_MS} of it.
  */
 
-/** What an idle cap saves up, milliseconds of its rate: a late timer loses nothing. */
+/** What an idle cap saves up, milliseconds of its rate. */
 export const BURST_MS = 20;
 const NS_PER_MS = 1_000_000n;
 const NS_PER_S = 1_000_000_000n;
 const BURST_NS = BigInt(BURST_MS) * NS_PER_MS;
+/** What a timer may be late and still lose nothing: a machine that busy has other worries. */
+const MOST_LATE_NS = NS_PER_S;
 
 /** The least rate that a cap may have, bytes per second: slower ones look like a hang. */
 export const LEAST_BYTES_PER_SECOND: number = 64 * 1024;
@@ -35,6 +37,9 @@ export class Bandwidth {
   /** In the order of their calls; only the first has its bytes reserved. */
   readonly #waiters = new Set<Waiter>();
   #timer: NodeJS.Timeout | undefined;
+  /** When the last timer was due, and when it came, nanoseconds. */
+  #dueNs = 0n;
+  #cameNs = 0n;
 
   /** @throws RangeError if the rate is not whole, or below {@link LEAST_BYTES_PER_SECOND} */
   constructor(bytesPerSecond: number) {
@@ -50,7 +55,9 @@ export class Bandwidth {
 
   /** Until when all is paid for that was taken, if so many bytes are taken now, nanoseconds. */
   #paidWith(bytes: number, before: bigint, now: bigint): bigint {
-    const saved = now - BURST_NS;
+    // Who comes right behind a late timer would have come earlier, had it not been late.
+    const isNext = now - this.#cameNs <= BURST_NS && this.#cameNs - this.#dueNs <= MOST_LATE_NS;
+    const saved = (isNext ? now - this.#cameNs + this.#dueNs : now) - BURST_NS;
     const cost = (BigInt(bytes) * NS_PER_S) / BigInt(this.bytesPerSecond);
     return (before > saved ? before : saved) + cost;
   }
@@ -59,8 +66,11 @@ export class Bandwidth {
    * Reserves bytes behind all that was reserved before:
    *
    * ```
-   *   paidUntil = max(paidUntil, now - burst) + bytes / rate
+   *   paidUntil = max(paidUntil, now - burst - late) + bytes / rate
    * ```
+   *
+   * with the time that the last waiting of the same engine was too long, if this comes right
+   * behind it.
    *
    * Who has reserved waits until then before he reserves again, so that engines which share
    * a cap have their turns, and those who leave waste no more than one turn.
@@ -122,7 +132,10 @@ export class Bandwidth {
     for (const waiter of this.#waiters) {
       const waitNs = this.reserve(waiter.bytes);
       if (waitNs > 0n) {
+        const dueNs = process.hrtime.bigint() + waitNs;
         const pass = (): void => {
+          this.#dueNs = dueNs;
+          this.#cameNs = process.hrtime.bigint();
           if (this.#waiters.delete(waiter)) {
             waiter.resolve();
           }
