@@ -188,7 +188,7 @@ test.before(async () => {
   for (const name of Object.keys(disks) as Name[]) nodes.set(name, await guest.disk(name));
   await guest.run(
     `set -e
-    modprobe -a dm-mod dm-delay dm-flakey
+    modprobe -a dm-mod dm-delay dm-flakey loop
     dmsetup create --noudevsync errors --table '0 ${disks.store * 2048} error'
     ${(Object.keys(disks) as Name[])
       .map((name) => `dmsetup create --noudevsync ${name} --table '${linear(name)}'`)
@@ -212,6 +212,7 @@ test.before(async () => {
 test.afterEach.always('the module unloads', async () => {
   const names = [...changed];
   await mend(...names);
+  await Backup.endAll();
   await module.require('close all');
   /*
    * Nobody writes while the hook comes and goes: QEMU's emulation with several
@@ -330,7 +331,12 @@ test.serial('origins that hang: reads delayed, everything suspended', async (t) 
     `take stuck trackers=${tracker('two')} stores=memory:${storeBytes}`,
   );
   await swap('one', readsHang('one'));
+  // Somewhere where nothing has been preserved yet.
+  await oracle.require('stop two');
   await suspend('two');
+  const write = guest.start(
+    `exec dd if=/dev/zero of=${path('two')} bs=4k count=1 seek=7680 conv=notrunc oflag=direct`,
+  );
   await assertEnded(t, backup, {
     reason: 'ORIGIN_ERROR',
     code: failed,
@@ -341,6 +347,8 @@ test.serial('origins that hang: reads delayed, everything suspended', async (t) 
   t.is(errno, '0');
   await assertFailed(t, 'stuck', image, 'ORIGIN_ERROR', hangLimitMs);
   await mend('one', 'two');
+  t.is((await write.wait(askLimitMs)).code, 0, 'the write that was held');
+  await oracle.require('start two');
   await assertWriting(t);
 });
 
@@ -402,7 +410,7 @@ test.serial('a file system that does not freeze in time', async (t) => {
 
 test.serial('writes in flight that do not end', async (t) => {
   // A loop device has its requests in flight while what is beneath it waits.
-  await guest.run(`modprobe loop; losetup --direct-io=on /dev/loop0 ${path('spare')}`);
+  await guest.run(`losetup --direct-io=on /dev/loop0 ${path('spare')}`);
   const [id] = await module.require('attach /dev/loop0');
   await suspend('spare');
   const write = guest.start(`exec dd if=/dev/zero of=/dev/loop0 bs=4k count=1 oflag=direct`);

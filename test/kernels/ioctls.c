@@ -11,8 +11,8 @@
  *   detach all                       "ok COUNT"
  *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION..."
  *   take NAME [trackers=ID,...] [mounts=PATH,...] [stores=KIND:VALUE,...]
- *        [freeze=MS] [low=BYTES]     "ok IMAGE..."; stores are memory:BYTES and
- *                                    file:PATH
+ *        [freeze=MS] [low=BYTES]     "ok IMAGE..."; stores are memory:BYTES,
+ *                                    file:PATH and device:PATH
  *   add NAME KIND:VALUE              "ok": one more store
  *   state NAME                       "ok held|failed REASON USED CAPACITY"
  *   event NAME MS                    "ok TYPE VALUE", or "bad ETIMEDOUT"
@@ -205,6 +205,10 @@ static int open_store(struct store *store, const char *text)
 	store->spec.file_fd = open(value, O_RDWR | O_CLOEXEC);
 	if (store->spec.file_fd < 0)
 		return errno;
+	if (!strncmp(text, "device:", 7)) {
+		store->spec.kind = STILLBLOCK_STORE_DEVICE;
+		return 0;
+	}
 	store->spec.kind = STILLBLOCK_STORE_FILE;
 	store->spec.extents = (uintptr_t)store->extents;
 	return read_extents(store);

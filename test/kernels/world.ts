@@ -35,7 +35,7 @@ export function testKernel(): KernelName {
  *
  * @returns its path, the same in the guest as here
  */
-export async function buildTool(name: 'oracle' | 'ioctls'): Promise<string> {
+export async function buildTool(name: 'oracle' | 'ioctls' | 'killer'): Promise<string> {
   const folder = join(checkout, 'build/kernels');
   const source = join(checkout, 'test/kernels', `${name}.c`);
   const uapi = join(checkout, 'module/uapi');
@@ -54,6 +54,8 @@ export async function buildTool(name: 'oracle' | 'ioctls'): Promise<string> {
   // Another test file may do the same at this moment.
   const fresh = `${program}.${process.pid}`;
   const flags = ['-O2', '-Wall', '-Wextra', '-Werror', '-pthread', '-I', uapi];
+  // That one is a library, which is loaded before a program's own.
+  if (name === 'killer') flags.push('-fPIC', '-shared');
   await runTool('gcc-12', [...flags, '-o', fresh, source]);
   await rename(fresh, program);
   return program;
@@ -150,6 +152,8 @@ export interface BackupEnd {
 
 /** `stillblock backup begin`, serving in the guest. */
 export class Backup {
+  /** Those that have not ended. */
+  static readonly #live = new Set<Backup>();
   readonly socket: string;
   readonly #command: GuestCommand;
   readonly #disks: readonly { readonly name: string; readonly image: string }[];
@@ -169,7 +173,14 @@ export class Backup {
   static async begin(guest: Guest, checkpoint: string, args: string): Promise<Backup> {
     const command = guest.start(`exec ${Backup.commandLine(checkpoint, args)}`);
     const [line] = await command.waitForOutput(/^\{.*"event":"serving".*\}$/m, cliLimitMs);
-    return new Backup(`/run/${checkpoint}.sock`, command, JSON.parse(line) as BackupEvent);
+    const backup = new Backup(`/run/${checkpoint}.sock`, command, JSON.parse(line) as BackupEvent);
+    Backup.#live.add(backup);
+    return backup;
+  }
+
+  /** After a test that failed: the next one shall not find a backup running. */
+  static async endAll(): Promise<void> {
+    for (const backup of Backup.#live) await backup.end();
   }
 
   /** @returns the device node of a disk's image */
@@ -192,6 +203,7 @@ export class Backup {
 
   /** Waits for its end, which something else has caused. */
   async ended(): Promise<BackupEnd> {
+    Backup.#live.delete(this);
     const { code, stdout, stderr } = await this.#command.wait(cliLimitMs);
     const events = stdout
       .split('\n')

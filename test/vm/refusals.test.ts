@@ -27,6 +27,11 @@ const overflow = 4;
 let guest: Guest;
 /** Device nodes: an ext4 to snap, the store's disk, an XFS and a btrfs. */
 let origin = '';
+/** A disk whose volume holds a file system, one of 32 KiB, and one under a multipath device. */
+let tracked = '';
+let tiny = '';
+let multipathPath = '';
+let xfsDevice = '';
 let foreignModule = '';
 let folder = '';
 
@@ -59,19 +64,31 @@ test.before(async () => {
       { name: 'store', sizeBytes: 128 * MiB },
       { name: 'xfs', sizeBytes: 320 * MiB },
       { name: 'btrfs', sizeBytes: 128 * MiB },
+      { name: 'path', sizeBytes: 24 * MiB },
+      { name: 'volume', sizeBytes: 64 * MiB },
+      { name: 'tiny', sizeBytes: 32 * 1024 },
     ],
     forwardPorts: [nbdPort],
     memoryMiB: 1024,
     // 64 MiB of memory play persistent memory, which file systems map directly.
     appendCmdline: 'memmap=64M!512M',
   });
-  const [store, xfs, btrfs] = await Promise.all(
-    ['store', 'xfs', 'btrfs'].map((name) => guest.disk(name)),
+  const [store, xfs, btrfs, path, volume, small] = await Promise.all(
+    ['store', 'xfs', 'btrfs', 'path', 'volume', 'tiny'].map((name) => guest.disk(name)),
   );
   origin = await guest.disk('origin');
+  tracked = volume ?? '';
+  tiny = small ?? '';
+  multipathPath = path ?? '';
+  xfsDevice = xfs ?? '';
   await guest.run(
     `set -e
-    mkdir -p /srv/origin /srv/store /srv/xfs /srv/btrfs
+    mkdir -p /srv/origin /srv/store /srv/xfs /srv/btrfs /srv/volume
+    modprobe -a dm-multipath dm-round-robin loop
+    mapped() { dmsetup create --noudevsync $1 --table "0 $(blockdev --getsz $2) $3"; dmsetup mknodes; }
+    mapped volume ${volume} 'linear ${volume} 0'
+    mkfs.ext4 -q -F /dev/mapper/volume; mount /dev/mapper/volume /srv/volume
+    mapped mpatha ${path} 'multipath 0 0 1 1 round-robin 0 1 1 ${path} 1000'
     mkfs.ext4 -q -F ${origin}; mount ${origin} /srv/origin
     mkfs.ext4 -q -F ${store}; mount ${store} /srv/store
     mkfs.xfs -q ${xfs}; mount ${xfs} /srv/xfs
@@ -82,7 +99,7 @@ test.before(async () => {
     dd if=/dev/urandom of=/srv/btrfs/file bs=1M count=32 status=none
     dd if=/dev/urandom of=/srv/origin/file bs=1M count=16 status=none
     modprobe -a nd_e820 nd_pmem; until [ -b /dev/pmem0 ]; do sleep 0.05; done
-    modprobe null_blk nr_devices=1 zoned=1 gb=1 zone_size=64
+    modprobe brd rd_nr=1 rd_size=1024; modprobe null_blk nr_devices=1 zoned=1 gb=1 zone_size=64
     sync`,
     { timeoutMs: 240_000 },
   );
@@ -144,6 +161,11 @@ const devices = [
   { what: 'a character device', device: '/dev/null', says: /not a block device/i },
   { what: 'a device that does not exist', device: '/dev/absent', says: /no such|not exist/i },
   { what: 'a zoned device', device: '/dev/nullb0', says: /zoned/i },
+  {
+    what: 'a device that takes pages past bios',
+    device: '/dev/ram0',
+    says: /past the block layer/,
+  },
   { what: 'a DAX device', device: '/dev/pmem0', says: /dax|direct/i },
 ] as const;
 
@@ -159,28 +181,47 @@ test.serial('an attached device is not attached again', async (t) => {
   await assertRefused(t, { command, code: failed, says: /already/i });
 });
 
+test.serial('what only user space can know is refused, too', async (t) => {
+  await assertRefused(t, {
+    command: `${cli} device attach ${multipathPath}`,
+    code: failed,
+    says: /path of the multipath device \/dev\/mapper\/mpatha.*attach \/dev\/mapper\/mpatha/,
+  });
+  await assertRefused(t, {
+    command: `${cli} device attach ${tiny}`,
+    code: failed,
+    says: /smaller than one tracking block/,
+  });
+  await guest.run(`${cli} device attach /dev/mapper/mpatha ${tracked}`, { timeoutMs: cliLimitMs });
+  await guest.run(`${cli} device detach /dev/mapper/mpatha`, { timeoutMs: cliLimitMs });
+});
+
 const stores = [
   { what: 'a file that is too small', store: '/srv/store/small', says: /small/i },
   { what: 'a reflinked file', store: '/srv/xfs/shared', says: /shared|reflink/i },
   { what: 'a file on btrfs', store: '/srv/btrfs/file', says: /btrfs/i },
   { what: 'a folder on btrfs', store: '/srv/btrfs', says: /btrfs/i },
   {
-    what: 'a file on the origin',
-    store: '/srv/origin/file',
-    says: /same device|origin|itself|snapshot/i,
+    what: 'a folder on a volume over a disk of the snapshot',
+    store: '/srv/volume',
+    says: /above or beneath a device of the snapshot \(\/dev\/mapper\/volume and \/dev\/vd/,
   },
   {
-    what: 'a folder on the origin',
-    store: '/srv/origin',
-    says: /same device|origin|itself|snapshot/i,
+    what: 'a volume over a disk of the snapshot',
+    store: '/dev/mapper/volume',
+    says: /above or beneath/,
   },
+  { what: 'a device that is an origin', store: 'ORIGIN', says: /of which the snapshot is to be/ },
+  { what: 'a device with a file system', store: 'XFS', says: /not empty: it holds xfs/ },
+  { what: 'a device in use', store: 'PATH', says: /in use by something else/ },
   { what: 'a path that does not exist', store: '/srv/absent/store', says: /no such|not exist/i },
 ] as const;
 
 for (const { what, store, says } of stores) {
   test.serial(`${what} is no store`, async (t) => {
     const before = await leftovers();
-    const command = begin(`--checkpoint refused --store ${store}`);
+    const place = { ORIGIN: origin, XFS: xfsDevice, PATH: multipathPath }[store as string] ?? store;
+    const command = begin(`--checkpoint refused --store ${place}`);
     await assertRefused(t, { command, code: failed, says });
     t.is(await leftovers(), before);
   });
@@ -231,7 +272,7 @@ except nbd.Error as error:
 
 test.serial('a store that overflows fails the pull; the origin never notices', async (t) => {
   const backup = guest.start(
-    `exec ${cli} backup begin --json --checkpoint full --store memory --store-size 4M -i 0.0.0.0 -p ${nbdPort}`,
+    `exec ${cli} backup begin --json --checkpoint full --disk ${origin} --store memory --store-size 4M -i 0.0.0.0 -p ${nbdPort}`,
   );
   const [line] = await backup.waitForOutput(/^\{.*"event":"serving".*\}$/m, cliLimitMs);
   const { exports } = JSON.parse(line) as { exports: { name: string }[] };
@@ -265,9 +306,12 @@ test.serial('a store that overflows fails the pull; the origin never notices', a
 });
 
 test.serial('after all that the module unloads and the kernel has not complained', async (t) => {
-  await guest.run(`set -e; ${cli} device detach ${origin}; umount /srv/origin; rmmod stillblock`, {
-    timeoutMs: cliLimitMs,
-  });
+  await guest.run(
+    `set -e; ${cli} device detach ${origin} ${tracked}; umount /srv/origin; rmmod stillblock`,
+    {
+      timeoutMs: cliLimitMs,
+    },
+  );
   const { code, stdout } = await guest.run(`e2fsck -fn ${origin}`, { check: false });
   t.is(code, 0, stdout);
   // Reads of the overflowed image fail, as they must.

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who owns a snapshot dies, at each step of its begin and while it serves; and
+// the module comes and goes under writes. Nothing may be left of either.
+
+import test, { type ExecutionContext } from 'ava';
+import type { GuestCommand } from '../vm/command.ts';
+import { bootGuest, type Guest } from '../vm/guest.ts';
+import { shellQuote } from '../vm/initrd.ts';
+import {
+  askLimitMs,
+  Backup,
+  buildTool,
+  Conversation,
+  cliLimitMs,
+  MiB,
+  refusalIn,
+  testKernel,
+} from './world.ts';
+
+const kernel = testKernel();
+const killed = 128 + 9;
+const disks = { raw: 40, mounted: 64, store: 96 } as const;
+const writtenBytes = 24 * MiB;
+const paceUs = 2000;
+const mapped = '/dev/mapper/mounted';
+/** How often the module comes and goes. */
+const reloads = 6;
+const fioLimitMs = 120_000;
+
+let guest: Guest;
+let killer = '';
+let oracle: Conversation;
+let module: Conversation;
+const nodes = new Map<string, string>();
+const node = (name: keyof typeof disks): string => nodes.get(name) ?? '';
+
+test.before(async () => {
+  const [ioctls, oracleProgram, library] = await Promise.all(
+    (['ioctls', 'oracle', 'killer'] as const).map(buildTool),
+  );
+  killer = library ?? '';
+  guest = await bootGuest({
+    kernel,
+    disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
+    memoryMiB: 1024,
+    /*
+     * The module is loaded and unloaded under writes. With several threads QEMU's
+     * emulation may run a stale breakpoint of the kernel's text patching for ever.
+     */
+    cpus: 1,
+  });
+  for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
+  await guest.run(
+    `set -e
+    mkdir -p /srv/mounted /srv/store
+    dmsetup create --noudevsync mounted --table '0 ${disks.mounted * 2048} linear ${node('mounted')} 0'
+    dmsetup mknodes
+    mkfs.ext4 -q -F ${mapped}; mount ${mapped} /srv/mounted
+    mkfs.ext4 -q -F ${node('store')}; mount ${node('store')} /srv/store`,
+  );
+  await guest.loadModule();
+  module = new Conversation(guest, ioctls ?? '');
+  oracle = new Conversation(guest, oracleProgram ?? '');
+  await module.require(`attach ${node('raw')}`);
+  await module.require(`attach ${mapped}`);
+  await oracle.require(`open raw ${node('raw')} ${writtenBytes} ${paceUs}`);
+  await oracle.require('start raw');
+});
+
+test.after.always(async () => {
+  await guest?.kill();
+});
+
+/** Free blocks of the store's file system; what was deleted is given back a little later. */
+const freeBlocks = (): Promise<string> =>
+  guest.run('sync -f /srv/store; stat -f -c %f /srv/store').then(({ stdout }) => stdout.trim());
+
+/** No image, no tracker in a snapshot, no file in the store, nobody frozen or held. */
+async function assertNothingLeft(t: ExecutionContext, free: string): Promise<void> {
+  await guest.run('until ! ls /dev/stillblock[0-9]* >/dev/null 2>&1; do :; done');
+  await guest.run(
+    `until sync -f /srv/store; [ "$(stat -f -c %f /srv/store)" -ge ${free} ]; do :; done`,
+  );
+  for (const tracker of await module.require('list')) {
+    t.is(Number.parseInt(tracker.split(':')[4] ?? '', 16) & 1, 0, 'it is in a snapshot still');
+  }
+  await guest.run('echo alive >/srv/mounted/alive; sync -f /srv/mounted');
+  const [, , errno] = await oracle.require('reach raw 20');
+  t.is(errno, '0');
+}
+
+test.serial('a backup that is killed at any step of its begin leaves nothing', async (t) => {
+  t.timeout(15 * 60_000);
+  const free = await freeBlocks();
+  const killedAt: string[] = [];
+  for (let at = 1; ; at += 1) {
+    const command = Backup.commandLine(`step${at}`, '--store /srv/store --store-size 32M');
+    const begin: GuestCommand = guest.start(
+      `rm -f /run/calls; export UV_THREADPOOL_SIZE=1 KILL_AT=${at} KILL_LOG=/run/calls LD_PRELOAD=${shellQuote(killer)}; exec ${command}`,
+    );
+    const serving = begin.waitForOutput(/"event":"serving"/, cliLimitMs).then(
+      () => true,
+      () => false,
+    );
+    if (await serving) {
+      // Past the last step: killed while it serves.
+      begin.kill(9);
+      t.is((await begin.wait(cliLimitMs)).code, killed);
+      await assertNothingLeft(t, free);
+      break;
+    }
+    t.is((await begin.wait(cliLimitMs)).code, killed, begin.stderr);
+    const { stdout } = await guest.run('tail -n1 /run/calls');
+    killedAt.push(stdout.trim());
+    await assertNothingLeft(t, free);
+  }
+  t.log(killedAt);
+  // Its ioctls (info, list, extents, take, image, state), the store's file, the checkpoint's.
+  t.true(killedAt.length >= 10, killedAt.join('\n'));
+  for (const call of ['fallocate', 'fsync', 'rename', 'ioctl']) {
+    t.true(
+      killedAt.some((line) => line.includes(call)),
+      `it was never killed before ${call}`,
+    );
+  }
+});
+
+test.serial(
+  'an owner that is killed while its take waits for a freeze leaves nothing',
+  async (t) => {
+    const free = await freeBlocks();
+    const ids = (await module.require('list')).map((word) => word.split(':')[0]);
+    await guest.run('dmsetup suspend --noflush --nolockfs mounted');
+    const other = new Conversation(guest, await buildTool('ioctls'));
+    const take = other.ask(
+      `take stuck trackers=${ids.join(',')} mounts=/srv/mounted stores=memory:${16 * MiB} freeze=5000`,
+    );
+    take.catch(() => {});
+    await guest.run(`until grep -q stb_ /proc/$(pgrep -nx ioctls)/stack; do :; done`);
+    await other.kill();
+    await guest.run('dmsetup resume --noudevsync mounted');
+    await assertNothingLeft(t, free);
+  },
+);
+
+test.serial('the module stays as long as it is needed', async (t) => {
+  const refused = await guest.run('rmmod stillblock', { check: false });
+  t.not(refused.code, 0, 'it unloads under its trackers');
+  t.regex(refused.stderr, /in use/);
+  const [id = ''] = (await module.require('list'))[0]?.split(':') ?? [];
+  await module.require(`take held trackers=${id} stores=memory:${16 * MiB}`);
+  t.not((await guest.run('rmmod stillblock', { check: false })).code, 0);
+  t.is(refusalIn(await module.ask(`detach ${id}`))?.reason, 'IN_SNAPSHOT');
+  await module.require('close held');
+  await module.require('detach all');
+  await guest.run('rmmod stillblock');
+  await guest.loadModule();
+});
+
+test.serial('the module comes and goes under writes', async (t) => {
+  t.timeout(10 * 60_000);
+  const fio = guest.start(
+    `exec fio --name=raw --filename=/srv/mounted/fio --size=24M --rw=randwrite --bsrange=4k-64k --direct=1 \
+      --ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=1000 --minimal`,
+  );
+  await guest.run('until [ -s /srv/mounted/fio ]; do :; done');
+  for (let round = 0; round < reloads; round += 1) {
+    for (const device of [node('raw'), mapped]) await module.require(`attach ${device}`);
+    const ids = (await module.require('list')).map((word) => word.split(':')[0]);
+    const [completed] = await oracle.require('now raw');
+    const images = await module.require(
+      `take round trackers=${ids.join(',')} mounts=/srv/mounted stores=memory:${96 * MiB}`,
+    );
+    const [, submitted] = await oracle.require('now raw');
+    await oracle.require('reach raw 100');
+    await oracle.require(`check raw /dev/${images[0]} ${completed} ${submitted}`);
+    await guest.run(`e2fsck -fn /dev/${images[1]} >/dev/null`, { timeoutMs: askLimitMs });
+    await module.require('close round');
+    await module.require('detach all');
+    await guest.run('rmmod stillblock');
+    const [, , errno] = await oracle.require('reach raw 20');
+    t.is(errno, '0');
+    await guest.loadModule();
+  }
+  t.is(fio.code, undefined, 'fio has ended');
+  fio.kill(2);
+  const { stdout } = await fio.wait(fioLimitMs);
+  t.is(stdout.split(';')[4], '0', stdout);
+});
+
+test.serial(
+  'after all that the origins are whole, and the kernel has not complained',
+  async (t) => {
+    const [completed, , errno] = await oracle.require('stop raw');
+    t.is(errno, '0');
+    await oracle.require(`check raw ${node('raw')} ${completed} ${completed}`);
+    await oracle.end();
+    await module.end();
+    await guest.run(
+      `set -e; rmmod stillblock; umount /srv/mounted; umount /srv/store
+    e2fsck -fn ${mapped} >/dev/null; e2fsck -fn ${node('store')} >/dev/null`,
+    );
+    await t.notThrowsAsync(guest.shutdown());
+  },
+);
