@@ -28,12 +28,12 @@ test('a rate must make sense', (t) => {
 });
 
 test.serial('three takers of different sizes together pass the rate, within 5 %', async (t) => {
-  for (const rate of [8 * MIB, 400 * MIB]) {
+  for (const rate of [8 * MIB, 100 * MIB]) {
     const cap = new Bandwidth(rate);
     const began = performance.now();
     const end = began + 2000;
     const passed = await Promise.all(
-      [4096, 100_000, 256 * 1024].map((bytes) => takeUntil(cap, bytes, end)),
+      [16_384, 100_000, 256 * 1024].map((bytes) => takeUntil(cap, bytes, end)),
     );
     const seconds = (performance.now() - began) / 1000;
     const share = passed.reduce((sum, bytes) => sum + bytes, 0) / seconds / rate;
