@@ -171,13 +171,15 @@ hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
 		map = rcu_dereference_raw(t->map);
 		if (!stb_tracker_range(t, map->nr_sect, bio, &r))
 			continue;
-		this_cpu_inc(*t->nr_writes);
+		this_cpu_inc(t->figures->writes);
 		if (hook_hold(t, bio, r, own))
 			return STB_VERDICT_HELD;
 		/*
-		 * A write that was held is marked when it is released: the flip
-		 * may lie between, and then it belongs to the next epoch.
+		 * A write that was held is counted and marked when it is
+		 * released: the flip may lie between, and then it belongs to
+		 * the next epoch.
 		 */
+		stb_tracker_count(t, bio);
 		stb_change_map_mark(map, r);
 	}
 	return STB_VERDICT_PASS;

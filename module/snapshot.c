@@ -2,8 +2,8 @@
 /*
  * A snapshot: taken by one ioctl, owned by a file descriptor, gone with it.
  *
- * The take: count writes, freeze file systems, gate and drain every origin,
- * flip all of them, thaw. Between freeze and thaw it touches no user memory
+ * The take: freeze file systems, gate and drain every origin, flip all of them,
+ * thaw. Between freeze and thaw it touches no user memory
  * and allocates nothing, since either could wait for a frozen file system.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
@@ -344,22 +344,21 @@ static int snapshot_add_stores(struct stb_snapshot *s,
 }
 
 /*
- * Count writes from here on, and wait for those that passed uncounted to reach
- * their queues: a task may have been preempted between the hook and the queue,
- * and only RCU tasks knows when it has moved on. Nothing is frozen and nothing
- * is held up meanwhile.
+ * Let writes that were not counted reach their queues, while nothing is frozen
+ * and nothing is held up.
  */
-static void snapshot_count(struct stb_snapshot *s)
+static void snapshot_settle(struct stb_snapshot *s)
 {
+	bool wait = false;
 	u32 i;
 
 	for (i = 0; i < s->nr_images; i++)
-		stb_tracker_set_mode(s->images[i].cow.tracker, STB_COUNT, NULL);
-	synchronize_rcu();
-	synchronize_rcu_tasks();
+		wait |= stb_tracker_settle(s->images[i].cow.tracker);
+	if (wait)
+		synchronize_rcu_tasks();
 }
 
-static void snapshot_uncount(struct stb_snapshot *s)
+static void snapshot_ungate(struct stb_snapshot *s)
 {
 	u32 i;
 
@@ -381,7 +380,7 @@ static struct stb_tracker *snapshot_next_to_gate(struct stb_snapshot *s, u32 i)
 	for (j = i; j < s->nr_images; j++) {
 		struct stb_tracker *t = s->images[j].cow.tracker;
 
-		if (t->disk == disk && t->mode == STB_COUNT &&
+		if (t->disk == disk && t->mode == STB_PASS &&
 		    (!first || t->id < first->id))
 			first = t;
 	}
@@ -426,14 +425,14 @@ static int snapshot_freeze_and_switch(struct stb_snapshot *s,
 	u64 begin;
 	int ret;
 
-	snapshot_count(s);
+	snapshot_settle(s);
 	begin = ktime_get_ns();
 	ret = stb_freeze_all(freeze, jiffies + msecs_to_jiffies(ms),
 			     &args->reason, &args->culprit);
 	if (!ret)
 		ret = snapshot_switch(s, args);
 	if (ret)
-		snapshot_uncount(s);
+		snapshot_ungate(s);
 	stb_freeze_end(freeze);
 	s->freeze_ns = ktime_get_ns() - begin;
 	return ret;

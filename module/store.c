@@ -22,6 +22,9 @@
 #include "main.h"
 #include "store.h"
 
+/* Sectors at both ends of a device that are left alone. */
+#define STB_DEVICE_MARGIN	2048
+
 /**
  * struct stb_store_hold - what keeps a piece in its place
  * @node: in store->holds
@@ -282,7 +285,17 @@ static int store_add_device(struct stb_store *store,
 	*reason = rules->check(data, bdev, spec->kind);
 	if (*reason)
 		return -EINVAL;
+	/*
+	 * Old data may look like a file system or a partition table, and must
+	 * not lie where somebody looks for one.
+	 */
+	r.first = STB_DEVICE_MARGIN;
 	r.end = stb_bdev_nr_sect(bdev);
+	r.end -= min_t(sector_t, r.end, STB_DEVICE_MARGIN);
+	if (r.first >= r.end) {
+		*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;
+		return -ENOSPC;
+	}
 	ret = store_make_piece(bdev, r, rules, data, &piece);
 	if (ret == 0) {
 		*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;

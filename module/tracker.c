@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Trackers: attach and detach, what happens to held writes outside of
- * copy-on-write, and the gate that stops all writes of a device for the switch.
+ * Trackers: attach and detach, how writes in flight are counted, and the gate
+ * that stops all writes of a device for the switch.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/blk-mq.h>
 #include <linux/delay.h>
-#include <linux/mempool.h>
 #include <linux/module.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
@@ -21,14 +20,15 @@
 #include "trace.h"
 #include "tracker.h"
 
-/* Writes counted at once while a take is under way, before the worker waits. */
-#define STB_COUNTED_POOL	256
 /* Blocks marked for user space before others may run. */
 #define STB_MARK_BLOCKS		65536
 
 /* All trackers by id, under the control mutex. */
 static DEFINE_XARRAY(trackers);
 static u64 last_id;
+
+/* How long a detach waits for writes in flight before it leaves that to a worker. */
+#define STB_DETACH_TIMEOUT	HZ
 
 /* A write that is counted until it completes. */
 struct stb_counted {
@@ -38,8 +38,49 @@ struct stb_counted {
 };
 
 static struct kmem_cache *counted_cache;
-static mempool_t *counted_pool;
-static DECLARE_WAIT_QUEUE_HEAD(counted_wait);
+
+/*
+ * A few of these per processor, free, so that the write path hardly ever asks
+ * the allocator, which costs ten times as much. Used with interrupts off.
+ */
+#define STB_COUNTED_SPARE	64
+
+struct stb_counted_spares {
+	unsigned int nr;
+	struct stb_counted *spare[STB_COUNTED_SPARE];
+};
+
+static DEFINE_PER_CPU(struct stb_counted_spares, counted_spares);
+
+static struct stb_counted *counted_alloc(void)
+{
+	struct stb_counted_spares *spares;
+	struct stb_counted *c = NULL;
+	unsigned long flags;
+
+	local_irq_save(flags);
+	spares = this_cpu_ptr(&counted_spares);
+	if (likely(spares->nr))
+		c = spares->spare[--spares->nr];
+	local_irq_restore(flags);
+	return likely(c) ? c : kmem_cache_alloc(counted_cache, __GFP_NOWARN);
+}
+
+static void counted_free(struct stb_counted *c)
+{
+	struct stb_counted_spares *spares;
+	unsigned long flags;
+
+	local_irq_save(flags);
+	spares = this_cpu_ptr(&counted_spares);
+	if (likely(spares->nr < STB_COUNTED_SPARE)) {
+		spares->spare[spares->nr++] = c;
+		c = NULL;
+	}
+	local_irq_restore(flags);
+	if (unlikely(c))
+		kmem_cache_free(counted_cache, c);
+}
 
 static void counted_end_io(struct bio *bio)
 {
@@ -48,29 +89,56 @@ static void counted_end_io(struct bio *bio)
 
 	bio->bi_private = c->private;
 	bio->bi_end_io = c->end_io;
-	mempool_free(c, counted_pool);
-	if (atomic_dec_and_test(&t->counted))
-		wake_up_all(&counted_wait);
+	counted_free(c);
+	/* Its number and mark are long in force: nothing to order. */
+	this_cpu_dec(t->figures->inflight);
 	if (bio->bi_end_io)
 		bio->bi_end_io(bio);
 }
 
-/*
- * Pass a write on and know when it has completed. The callback cannot do that
- * (it may not allocate), which is why writes are routed through a worker from
- * shortly before a take until its gate.
+/**
+ * stb_tracker_count() - know when a write that is passed on has completed
+ * @t: tracker
+ * @bio: write that it passes on
+ *
+ * Nothing else tells. A request-based queue could be frozen, but a write may be
+ * parked before it (cgroup throttling), and bio-based drivers account what they
+ * have in flight when they please (dm-crypt: after it has encrypted).
+ *
+ * Without memory the write goes on uncounted, and the next take has to make do
+ * with what queues tell.
+ *
+ * Context: any; never sleeps. In an RCU read-side section with the decision to
+ * pass, or by a worker that is flushed behind the gate.
  */
-static void tracker_route(struct stb_tracker *t, struct bio *bio)
+void stb_tracker_count(struct stb_tracker *t, struct bio *bio)
 {
-	struct stb_counted *c = mempool_alloc(counted_pool, GFP_NOIO);
+	struct stb_counted *c = counted_alloc();
 
+	if (unlikely(!c)) {
+		WRITE_ONCE(t->uncounted, STB_UNCOUNTED_ANYWHERE);
+		return;
+	}
 	c->t = t;
 	c->end_io = bio->bi_end_io;
 	c->private = bio->bi_private;
 	bio->bi_end_io = counted_end_io;
 	bio->bi_private = c;
-	atomic_inc(&t->counted);
-	stb_tracker_release(t, bio);
+	this_cpu_inc(t->figures->inflight);
+}
+
+/*
+ * Counted writes in flight. While none is added it is never too small, since
+ * what other processors take away meanwhile is seen or not.
+ */
+static long tracker_inflight(struct stb_tracker *t)
+{
+	long nr = 0;
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		nr += READ_ONCE(per_cpu_ptr(t->figures, cpu)->inflight);
+	return nr;
 }
 
 /**
@@ -78,8 +146,8 @@ static void tracker_route(struct stb_tracker *t, struct bio *bio)
  * @t: tracker that held it
  * @bio: write, on no list
  *
- * It is marked now, with the number that is in force now: a write that was
- * held across the flip belongs to the new epoch.
+ * It is counted and marked now, with the number that is in force now: a write
+ * that was held across the flip belongs to the new epoch.
  */
 void stb_tracker_release(struct stb_tracker *t, struct bio *bio)
 {
@@ -90,36 +158,29 @@ void stb_tracker_release(struct stb_tracker *t, struct bio *bio)
 	map = rcu_dereference(t->map);
 	if (stb_tracker_range(t, map->nr_sect, bio, &r))
 		stb_change_map_mark(map, r);
+	stb_tracker_count(t, bio);
 	rcu_read_unlock();
 	trace_stillblock_release(t->id, r.first, r.end - r.first);
 	stb_hook_released(bio);
 	stb_hook_resume(bio, t);
 }
 
-/* Held writes of every mode but STB_COW. */
+/* Release what was held, when the mode is STB_PASS again. */
 static void tracker_work(struct work_struct *work)
 {
 	struct stb_tracker *t = container_of(work, struct stb_tracker, work);
 	unsigned int noio = memalloc_noio_save();
 	struct blk_plug plug;
+	struct bio *bio;
 
 	blk_start_plug(&plug);
-	for (;;) {
-		enum stb_mode mode;
-		struct bio *bio = NULL;
-
+	do {
 		raw_spin_lock_irq(&t->lock);
-		mode = t->mode;
-		if (mode == STB_COUNT || mode == STB_PASS)
-			bio = bio_list_pop(&t->held);
+		bio = t->mode == STB_PASS ? bio_list_pop(&t->held) : NULL;
 		raw_spin_unlock_irq(&t->lock);
-		if (!bio)
-			break;
-		if (mode == STB_COUNT)
-			tracker_route(t, bio);
-		else
+		if (bio)
 			stb_tracker_release(t, bio);
-	}
+	} while (bio);
 	blk_finish_plug(&plug);
 	memalloc_noio_restore(noio);
 }
@@ -150,10 +211,10 @@ void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 }
 
 /*
- * Wait for writes that passed before they were counted. Their submitters have
- * long entered the queue (the take waited for RCU tasks), so an empty queue is
- * the proof. Request-based queues are emptied by a freeze of the queue, which
- * new reads wait out; bio-based drivers account what they have in flight.
+ * Wait for writes that were not counted. Their submitters have entered the
+ * queue, so an empty queue is the proof. Request-based queues are emptied by a
+ * freeze of the queue, which new reads wait out; bio-based drivers account what
+ * they have in flight.
  */
 static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
 {
@@ -177,8 +238,24 @@ static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
 }
 
 /**
+ * stb_tracker_settle() - prepare for the gate, while nothing is frozen yet
+ * @t: tracker
+ *
+ * Return: true when the caller has to wait for RCU tasks before it gates: a task
+ * may have been preempted between the hook and the queue with a write that was
+ * not counted.
+ */
+bool stb_tracker_settle(struct stb_tracker *t)
+{
+	if (READ_ONCE(t->uncounted) != STB_UNCOUNTED_ANYWHERE)
+		return false;
+	WRITE_ONCE(t->uncounted, STB_UNCOUNTED_QUEUED);
+	return true;
+}
+
+/**
  * stb_tracker_gate() - hold every write and wait for those in flight
- * @t: tracker in STB_COUNT. Of stacked trackers the upper one is gated first,
+ * @t: tracker in STB_PASS. Of stacked trackers the upper one is gated first,
  *	or its writes would wait at the gate of the lower one for ever
  * @deadline: jiffies
  *
@@ -187,20 +264,31 @@ static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
  */
 int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline)
 {
-	long left;
+	int ret;
 
 	stb_tracker_set_mode(t, STB_GATE, NULL);
+	/* Whoever decided by the mode before has counted its write behind this. */
+	synchronize_rcu_expedited();
 	/* The worker may have taken a write off the list and not counted it yet. */
 	flush_work(&t->work);
-	left = max_t(long, deadline - jiffies, 1);
-	if (!wait_event_timeout(counted_wait, !atomic_read(&t->counted), left))
-		return -ETIMEDOUT;
-	return tracker_drain_queue(t, deadline);
+	while (tracker_inflight(t)) {
+		if (time_after(jiffies, deadline))
+			return -ETIMEDOUT;
+		usleep_range(50, 100);
+	}
+	if (READ_ONCE(t->uncounted) == STB_UNCOUNTED_NONE)
+		return 0;
+	if (stb_tracker_settle(t))
+		synchronize_rcu_tasks();
+	ret = tracker_drain_queue(t, deadline);
+	if (!ret)
+		WRITE_ONCE(t->uncounted, STB_UNCOUNTED_NONE);
+	return ret;
 }
 
 /**
  * stb_tracker_ungate() - give a take up
- * @t: tracker in STB_COUNT or STB_GATE
+ * @t: tracker in STB_PASS or STB_GATE
  *
  * All held writes go on, marked with the number that is still in force.
  */
@@ -289,7 +377,7 @@ static void tracker_free(struct kref *ref)
 	struct stb_tracker *t = container_of(ref, struct stb_tracker, ref);
 
 	stb_change_map_destroy(rcu_dereference_protected(t->map, true));
-	free_percpu(t->nr_writes);
+	free_percpu(t->figures);
 	stb_bdev_close(&t->dev);
 	kfree(t);
 }
@@ -301,6 +389,25 @@ static void tracker_free(struct kref *ref)
 void stb_tracker_put(struct stb_tracker *t)
 {
 	kref_put(&t->ref, tracker_free);
+}
+
+/*
+ * The end of a detached tracker. A write of it may be in a device that hangs:
+ * its completion still comes here, so the module stays until then.
+ */
+static void tracker_free_work(struct work_struct *work)
+{
+	struct stb_tracker *t = container_of(to_delayed_work(work),
+					     struct stb_tracker, free_work);
+
+	if (tracker_inflight(t)) {
+		queue_delayed_work(stb_wq, &t->free_work, STB_DETACH_TIMEOUT);
+		return;
+	}
+	/* The last completion may be between its count and its return. */
+	synchronize_rcu();
+	stb_tracker_put(t);
+	module_put(THIS_MODULE);
 }
 
 /**
@@ -408,14 +515,15 @@ int stb_tracker_attach(struct stillblock_attach *args)
 	if (!t)
 		return -ENOMEM;
 	ret = -ENOMEM;
-	t->nr_writes = alloc_percpu(u64);
-	if (!t->nr_writes)
+	t->figures = alloc_percpu(struct stb_tracker_figures);
+	if (!t->figures)
 		goto free;
 	kref_init(&t->ref);
 	raw_spin_lock_init(&t->lock);
 	bio_list_init(&t->held);
 	INIT_WORK(&t->work, tracker_work);
-	atomic_set(&t->counted, 0);
+	INIT_DELAYED_WORK(&t->free_work, tracker_free_work);
+	t->uncounted = STB_UNCOUNTED_ANYWHERE;
 	atomic64_set(&t->nr_held_writes, 0);
 	t->mode = STB_PASS;
 	t->block_size = args->block_size;
@@ -448,7 +556,7 @@ close:
 	stb_change_map_destroy(stb_tracker_map(t));
 	stb_bdev_close(&t->dev);
 free_percpu:
-	free_percpu(t->nr_writes);
+	free_percpu(t->figures);
 free:
 	kfree(t);
 	return ret;
@@ -464,6 +572,7 @@ free:
 int stb_tracker_detach(struct stillblock_detach *args)
 {
 	struct stb_tracker *t;
+	unsigned long limit;
 
 	stb_assert_control();
 	if (args->flags)
@@ -480,11 +589,11 @@ int stb_tracker_detach(struct stillblock_detach *args)
 	xa_erase(&trackers, t->id);
 	stb_hook_remove(t);
 	flush_work(&t->work);
-	/* Writes of a take that was given up may be counted still. */
-	wait_event(counted_wait, !atomic_read(&t->counted));
 	pr_info("%pg: no longer tracked\n", t->dev.bdev);
-	stb_tracker_put(t);
-	module_put(THIS_MODULE);
+	limit = jiffies + STB_DETACH_TIMEOUT;
+	while (tracker_inflight(t) && time_before(jiffies, limit))
+		usleep_range(100, 200);
+	tracker_free_work(&t->free_work.work);
 	return 0;
 }
 
@@ -509,7 +618,7 @@ static void tracker_describe(struct stb_tracker *t,
 	memcpy(out->generation, &map->generation, sizeof(out->generation));
 	out->number = map->number;
 	for_each_possible_cpu(cpu)
-		out->nr_writes += *per_cpu_ptr(t->nr_writes, cpu);
+		out->nr_writes += per_cpu_ptr(t->figures, cpu)->writes;
 	out->nr_held_writes = atomic64_read(&t->nr_held_writes);
 }
 
@@ -586,15 +695,7 @@ int stb_tracker_mark(struct stillblock_mark *args)
 int stb_tracker_init(void)
 {
 	counted_cache = KMEM_CACHE(stb_counted, 0);
-	if (!counted_cache)
-		return -ENOMEM;
-	counted_pool = mempool_create_slab_pool(STB_COUNTED_POOL,
-						counted_cache);
-	if (!counted_pool) {
-		kmem_cache_destroy(counted_cache);
-		return -ENOMEM;
-	}
-	return 0;
+	return counted_cache ? 0 : -ENOMEM;
 }
 
 /**
@@ -602,8 +703,17 @@ int stb_tracker_init(void)
  */
 void stb_tracker_exit(void)
 {
+	int cpu;
+
 	WARN_ON(!xa_empty(&trackers));
+	for_each_possible_cpu(cpu) {
+		struct stb_counted_spares *spares =
+			per_cpu_ptr(&counted_spares, cpu);
+
+		while (spares->nr)
+			kmem_cache_free(counted_cache,
+					spares->spare[--spares->nr]);
+	}
 	xa_destroy(&trackers);
-	mempool_destroy(counted_pool);
 	kmem_cache_destroy(counted_cache);
 }

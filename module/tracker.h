@@ -21,19 +21,39 @@ struct stb_snapshot;
 /*
  * What happens to a write of a tracked device.
  *
- *           take                gate               flip
- *   PASS ----------> COUNT ----------> GATE ----------> COW
- *    ^                 |                 |                |
- *    +-----------------+-----------------+----------------+
- *        take given up                     snapshot failed or ended
+ *           gate               flip
+ *   PASS ----------> GATE ----------> COW
+ *    ^                 |                |
+ *    +-----------------+----------------+
+ *       take given up     snapshot failed or ended
  *
  * Changed by stb_tracker_set_mode() alone.
  */
 enum stb_mode {
-	STB_PASS,	/* marked and passed */
-	STB_COUNT,	/* held, marked, counted until its completion and passed on */
+	STB_PASS,	/* counted, marked and passed */
 	STB_GATE,	/* held until the flip */
 	STB_COW,	/* held only while old data beneath it is being preserved */
+};
+
+/*
+ * Are all writes in flight known? Those from before the attach are not, nor
+ * those for which there was no memory to count them.
+ */
+enum stb_uncounted {
+	STB_UNCOUNTED_NONE,
+	STB_UNCOUNTED_QUEUED,	/* some are in the device's queue */
+	STB_UNCOUNTED_ANYWHERE,	/* a preempted task may be on its way there */
+};
+
+/**
+ * struct stb_tracker_figures - what a processor counts of a tracker
+ * @writes: writes seen
+ * @inflight: writes passed on less writes completed; the sum over all
+ *	processors is what is in flight
+ */
+struct stb_tracker_figures {
+	u64 writes;
+	long inflight;
 };
 
 /**
@@ -52,11 +72,12 @@ enum stb_mode {
  * @mode: see enum stb_mode; read without the lock, then checked again under it
  * @held: writes that wait
  * @cow: where @held goes in STB_COW; RCU
- * @work: routes @held in every mode but STB_COW
- * @counted: writes passed on in STB_COUNT that have not completed
+ * @work: releases @held when the mode is STB_PASS again
+ * @uncounted: see enum stb_uncounted
  * @snapshot: the snapshot that it belongs to; under the control mutex
- * @nr_writes: per CPU
+ * @figures: per CPU
  * @nr_held_writes: all writes that were ever held
+ * @free_work: frees a detached tracker when its last write has completed
  */
 struct stb_tracker {
 	struct hlist_node node;
@@ -72,10 +93,11 @@ struct stb_tracker {
 	struct bio_list held;
 	struct stb_cow __rcu *cow;
 	struct work_struct work;
-	atomic_t counted;
+	enum stb_uncounted uncounted;
 	struct stb_snapshot *snapshot;
-	u64 __percpu *nr_writes;
+	struct stb_tracker_figures __percpu *figures;
 	atomic64_t nr_held_writes;
+	struct delayed_work free_work;
 };
 
 int stb_tracker_attach(struct stillblock_attach *args);
@@ -89,6 +111,8 @@ void stb_tracker_put(struct stb_tracker *t);
 
 void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 			  struct stb_cow *cow);
+void stb_tracker_count(struct stb_tracker *t, struct bio *bio);
+bool stb_tracker_settle(struct stb_tracker *t);
 int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline);
 void stb_tracker_ungate(struct stb_tracker *t);
 void stb_tracker_release(struct stb_tracker *t, struct bio *bio);
