@@ -11,6 +11,7 @@
 import type { Socket } from 'node:net';
 import { type BufferPool, ConnectionBudget, type SharedBudget } from './budget.ts';
 import type { Export } from './export.ts';
+import type { ExportFigures } from './figures.ts';
 import {
   type Agreement,
   HANDSHAKE_START,
@@ -32,6 +33,8 @@ export interface ConnectionHost {
   /** What is offered now. */
   offer(): Offer;
   hasFailed(served: Export): boolean;
+  /** What is counted for an export. */
+  figures(served: Export): ExportFigures;
   /** The connection has left the handshake for transmission. */
   onTransmission(connection: Connection): void;
   /** The socket is closed; see {@link Connection.idle} for reads still in flight. */
@@ -156,7 +159,7 @@ export class Connection {
   #onEnd(): void {
     if (this.#phase === 'transmission') {
       // The client sends no more, but may still wait for replies, for as long as its link takes.
-      this.#transmission?.drain();
+      this.#transmission?.end();
     } else {
       this.#logger.debug({}, 'client left');
       this.#end();
@@ -232,6 +235,7 @@ export class Connection {
       budget: new ConnectionBudget(shared, limits.connectionBytesInFlight),
       pool,
       logger: this.#logger,
+      figures: this.#host.figures(agreement.export),
       hasFailed: () => this.#host.hasFailed(agreement.export),
       outlet: {
         write: (bytes, done) => this.#write(bytes, done),

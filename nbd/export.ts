@@ -3,6 +3,7 @@
 import { close, constants, fstat, open, read, type Stats } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { promisify } from 'node:util';
+import type { Bandwidth } from './bandwidth.ts';
 import {
   BASE_ALLOCATION,
   DIRTY_BITMAP_PREFIX,
@@ -36,22 +37,90 @@ export interface Export {
   readonly source: BlockSource;
   /** Contexts by full name, such as `base:allocation`; maps of the source's size. */
   readonly contexts: ReadonlyMap<string, ExtentMap>;
+  /** Caps that its data passes, in this order. */
+  readonly bandwidth?: readonly Bandwidth[];
 }
 
 function failure(code: string, message: string): Error {
   return Object.assign(new Error(message), { code });
 }
 
+/**
+ * Lets the page cache forget ranges of a descriptor's device. What fails is not told: it is
+ * a courtesy to others.
+ */
+export type ForgetCached = (descriptor: number, ranges: readonly Extent[]) => Promise<void>;
+
+/** How much is read before the page cache is asked to forget it, bytes: calls cost, too. */
+const FORGET_BYTES = 4 * 1024 * 1024;
+/** The page cache forgets only whole folios, which are no larger than this on x86. */
+const FOLIO_BYTES = 2 * 1024 * 1024;
+/** With more ranges than this one for all of them costs less. */
+const FORGET_RANGES = 16;
+
+/** Remembers what was read and has it forgotten, in ranges that are worth a call. */
+class Forgetting {
+  readonly #descriptor: number;
+  readonly #forget: ForgetCached;
+  #ranges: Extent[] = [];
+  #bytes = 0;
+  #running: Promise<void> = Promise.resolve();
+
+  constructor(descriptor: number, forget: ForgetCached) {
+    this.#descriptor = descriptor;
+    this.#forget = forget;
+  }
+
+  /** Takes a range that has been read. */
+  onRead(offset: number, length: number): void {
+    const last = this.#ranges.at(-1);
+    if (last !== undefined && last.offset + last.length === offset) {
+      this.#ranges.splice(-1, 1, { offset: last.offset, length: last.length + length });
+    } else {
+      this.#ranges.push({ offset, length });
+    }
+    this.#bytes += length;
+    if (this.#bytes >= FORGET_BYTES) {
+      this.#flush();
+    }
+  }
+
+  #flush(): void {
+    const ranges = this.#ranges;
+    const start = Math.min(...ranges.map(({ offset }) => offset));
+    const end = Math.max(...ranges.map(({ offset, length }) => offset + length));
+    const fewer = ranges.length > FORGET_RANGES ? [{ offset: start, length: end - start }] : ranges;
+    const whole = fewer.map(({ offset, length }) => {
+      const extra = offset % FOLIO_BYTES;
+      return { offset: offset - extra, length: length + extra };
+    });
+    this.#ranges = [];
+    this.#bytes = 0;
+    // One after the other: they are no hurry, and the pool has other work.
+    this.#running = this.#running.then(() => this.#forget(this.#descriptor, whole)).catch(() => {});
+  }
+
+  /** Has the rest forgotten, and waits for all of it. */
+  finish(): Promise<void> {
+    if (this.#bytes > 0) {
+      this.#flush();
+    }
+    return this.#running;
+  }
+}
+
 class FileSource implements BlockSource {
   readonly sizeBytes: number;
   readonly #descriptor: number;
+  readonly #forgetting: Forgetting | undefined;
   #reads = 0;
   #closed: Promise<void> | undefined;
   #whenIdle: (() => void) | undefined;
 
-  constructor(descriptor: number, sizeBytes: number) {
+  constructor(descriptor: number, sizeBytes: number, forgetting: Forgetting | undefined) {
     this.#descriptor = descriptor;
     this.sizeBytes = sizeBytes;
+    this.#forgetting = forgetting;
   }
 
   read(buffer: Uint8Array, offset: number): Promise<void> {
@@ -61,6 +130,7 @@ class FileSource implements BlockSource {
     this.#reads += 1;
     return new Promise((resolve, reject) => {
       const finish = (error: Error | undefined): void => {
+        this.#forgetting?.onRead(offset, buffer.length);
         this.#reads -= 1;
         if (this.#reads === 0) {
           this.#whenIdle?.();
@@ -101,6 +171,7 @@ class FileSource implements BlockSource {
         this.#whenIdle = resolve;
       });
     }
+    await this.#forgetting?.finish();
     await promisify(close)(this.#descriptor);
   }
 }
@@ -126,16 +197,23 @@ function sizeOf(stats: Stats): Promise<number> {
 /**
  * Opens a plain file or a block device, read only.
  *
+ * @param forget has what was read of a block device forgotten again, so that reading it all
+ *   does not push out of the page cache what others use
  * @throws Error with an errno name in `code`; `EINVAL` for anything else than a file or device
  */
-export async function openFileSource(path: string): Promise<BlockSource> {
+export async function openFileSource(path: string, forget?: ForgetCached): Promise<BlockSource> {
   // Without O_NONBLOCK, opening a FIFO would wait for its writer. Files and devices ignore it.
   const flags = constants.O_RDONLY | constants.O_NONBLOCK;
   const descriptor = await new Promise<number>((resolve, reject) => {
     open(path, flags, (error, fd) => (error === null ? resolve(fd) : reject(error)));
   });
   try {
-    return new FileSource(descriptor, await sizeOf(await promisify(fstat)(descriptor)));
+    const stats = await promisify(fstat)(descriptor);
+    const forgetting =
+      forget !== undefined && stats.isBlockDevice()
+        ? new Forgetting(descriptor, forget)
+        : undefined;
+    return new FileSource(descriptor, await sizeOf(stats), forgetting);
   } catch (error) {
     await promisify(close)(descriptor);
     throw error;
@@ -152,6 +230,8 @@ export interface DiskOptions {
    * without it all is said to be data.
    */
   readonly allocation?: ExtentMap;
+  /** Caps that the data of all its exports passes together. */
+  readonly bandwidth?: readonly Bandwidth[];
   /** Checkpoints with what changed since. */
   readonly checkpoints: readonly {
     readonly name: string;
@@ -181,7 +261,7 @@ function requireSectors(map: ExtentMap): void {
  * @throws RangeError if a range or a map does not fit the source, or not to sectors
  */
 export function diskExports(options: DiskOptions): [Export, ...Export[]] {
-  const { name, description, source } = options;
+  const { name, description, source, bandwidth = [] } = options;
   const allocation = options.allocation ?? ExtentMap.uniform(source.sizeBytes, 0);
   requireSectors(allocation);
   const contexts = new Map([[BASE_ALLOCATION, allocation]]);
@@ -204,9 +284,10 @@ export function diskExports(options: DiskOptions): [Export, ...Export[]] {
       description: `${description || name}: changes since checkpoint ${checkpoint}`,
       source,
       contexts: new Map([[BASE_ALLOCATION, delta]]),
+      bandwidth,
     });
   }
-  return [{ name, description, source, contexts }, ...deltas];
+  return [{ name, description, source, contexts, bandwidth }, ...deltas];
 }
 
 function isProtocolString(text: string): boolean {

@@ -9,6 +9,7 @@ import { Connection } from './connection.ts';
 import { NBD_DEFAULT_PORT } from './constants.ts';
 import { errorCode } from './errors.ts';
 import { type Export, requireExport } from './export.ts';
+import { type ExportFigures, emptyFigures } from './figures.ts';
 import type { Offer } from './handshake.ts';
 import { type Limits, resolveLimits } from './limits.ts';
 import type { Logger } from './logger.ts';
@@ -121,6 +122,8 @@ export class NbdServer {
   readonly #pool: BufferPool;
   readonly #exports = new Map<string, Export>();
   readonly #failed = new WeakSet<Export>();
+  /** By name, also of exports that are gone: totals only grow. */
+  readonly #figures = new Map<string, ExportFigures>();
   #defaultName = '';
   #listeners: Listener[] = [];
   /** In the order of their arrival. */
@@ -152,6 +155,13 @@ export class NbdServer {
       throw new RangeError(`export ${JSON.stringify(added.name)} exists already`);
     }
     this.#exports.set(added.name, added);
+    this.#figuresOf(added);
+  }
+
+  #figuresOf(counted: Export): ExportFigures {
+    const figures = this.#figures.get(counted.name) ?? emptyFigures();
+    this.#figures.set(counted.name, figures);
+    return figures;
   }
 
   /**
@@ -269,6 +279,16 @@ export class NbdServer {
     };
   }
 
+  /** Connections since the server began. */
+  get accepted(): number {
+    return this.#connectionCount;
+  }
+
+  /** What was counted for each export since the server began, by name. */
+  get figures(): ReadonlyMap<string, ExportFigures> {
+    return this.#figures;
+  }
+
   /**
    * Stops listening, answers what is in flight, closes all connections, and removes
    * its unix sockets. The exports' sources are no longer in use afterwards.
@@ -330,6 +350,7 @@ export class NbdServer {
         pool: this.#pool,
         offer,
         hasFailed: (served) => this.#failed.has(served),
+        figures: (served) => this.#figuresOf(served),
         onTransmission: (which) => {
           this.#handshakes.delete(which);
           this.#transmissions.add(which);

@@ -10,9 +10,16 @@
  * ```
  */
 import type { BufferPool, ConnectionBudget } from './budget.ts';
-import { BASE_ALLOCATION, NBD_REPLY_FLAG_DONE, NBD_STATE_ZERO } from './constants.ts';
+import {
+  BASE_ALLOCATION,
+  NBD_CMD_BLOCK_STATUS,
+  NBD_CMD_READ,
+  NBD_REPLY_FLAG_DONE,
+  NBD_STATE_ZERO,
+} from './constants.ts';
 import { NBD_EIO, type NbdError, readErrorFor } from './errors.ts';
 import type { ExtentMap } from './extents.ts';
+import { countRequest, type ExportFigures, type RequestKind } from './figures.ts';
 import type { Agreement } from './handshake.ts';
 import type { Limits } from './limits.ts';
 import type { Logger } from './logger.ts';
@@ -53,6 +60,8 @@ export interface TransmissionOptions {
   readonly pool: BufferPool;
   readonly outlet: TransmissionOutlet;
   readonly logger: Logger;
+  /** What is counted for the export, over all its connections. */
+  readonly figures: ExportFigures;
   /** Whether the export has failed since: nothing it says is to be believed any more. */
   readonly hasFailed: () => boolean;
 }
@@ -66,6 +75,24 @@ interface Segment {
   readonly start: number;
   readonly end: number;
   readonly zero: boolean;
+}
+
+/** A request in flight: its cookie, and what is counted of it. */
+interface Asked extends Cookie {
+  readonly kind: RequestKind;
+  /** When it was parsed, on the clock of `performance.now()`. */
+  readonly sinceMs: number;
+}
+
+function kindOf(type: number): RequestKind {
+  switch (type) {
+    case NBD_CMD_READ:
+      return 'read';
+    case NBD_CMD_BLOCK_STATUS:
+      return 'block_status';
+    default:
+      return 'other';
+  }
 }
 
 type ReadRequest = Extract<ValidRequest, { kind: 'read' }>;
@@ -95,6 +122,7 @@ export class Transmission {
   readonly #rules: RequestRules;
   readonly #allocation: ExtentMap | undefined;
   readonly #logRequests: boolean;
+  readonly #paced: boolean;
   #state: 'open' | 'draining' | 'over' = 'open';
   /** Received and not parsed. */
   #input: Buffer = EMPTY;
@@ -103,6 +131,9 @@ export class Transmission {
   /** Payload of a refused request that is still to come, and the refusal that follows it. */
   #skipBytes = 0;
   #afterSkip: (() => void) | undefined;
+  #skipping: Asked | undefined;
+  /** The peer has sent its last byte, which may not be parsed yet. */
+  #ended = false;
   #inFlight = 0;
   /** A simple reply in several pieces bars all others from the stream until it is complete. */
   #exclusive = false;
@@ -119,6 +150,7 @@ export class Transmission {
       limits,
     };
     this.#allocation = agreement.export.contexts.get(BASE_ALLOCATION);
+    this.#paced = (agreement.export.bandwidth?.length ?? 0) > 0;
     this.#logRequests = logger.isLevelEnabled?.('debug') ?? true;
   }
 
@@ -127,6 +159,14 @@ export class Transmission {
     if (this.#state === 'open') {
       this.#input = this.#input.length === 0 ? chunk : Buffer.concat([this.#input, chunk]);
       this.#parse();
+    }
+  }
+
+  /** Takes that there are no more bytes: what was received is still answered. */
+  end(): void {
+    this.#ended = true;
+    if (!this.#stalled) {
+      this.drain();
     }
   }
 
@@ -148,14 +188,19 @@ export class Transmission {
       this.#input = EMPTY;
       this.#releaseBarred();
       this.#dropRefusal();
+      for (const cap of this.#options.agreement.export.bandwidth ?? []) {
+        cap.leave(this);
+      }
     }
   }
 
   /** Forgets a refused request whose payload will not come any more. */
   #dropRefusal(): void {
-    if (this.#afterSkip !== undefined) {
+    if (this.#skipping !== undefined) {
+      const dropped = this.#skipping;
       this.#afterSkip = undefined;
-      this.#answered();
+      this.#skipping = undefined;
+      this.#answered(dropped, true);
     }
   }
 
@@ -187,6 +232,7 @@ export class Transmission {
       }
       const refuse = this.#afterSkip;
       this.#afterSkip = undefined;
+      this.#skipping = undefined;
       refuse?.();
       if (this.#inFlight >= this.#options.limits.requestsInFlight) {
         this.#stalled = true;
@@ -225,28 +271,34 @@ export class Transmission {
       this.drain();
       return;
     }
+    const asked: Asked = {
+      ...request.cookie,
+      kind: kindOf(request.type),
+      sinceMs: performance.now(),
+    };
     this.#inFlight += 1;
     if (valid.kind === 'refuse' && valid.payloadBytes > 0) {
       this.#skipBytes = valid.payloadBytes;
-      this.#afterSkip = () => this.#refuse(request.cookie, valid.error, valid.message);
+      this.#skipping = asked;
+      this.#afterSkip = () => this.#refuse(asked, valid.error, valid.message);
       return;
     }
-    this.#carryOut(request.cookie, valid);
+    this.#carryOut(asked, valid);
   }
 
-  #carryOut(cookie: Cookie, valid: Exclude<ValidRequest, { kind: 'disconnect' }>): void {
+  #carryOut(asked: Asked, valid: Exclude<ValidRequest, { kind: 'disconnect' }>): void {
     switch (valid.kind) {
       case 'refuse':
-        this.#refuse(cookie, valid.error, valid.message);
+        this.#refuse(asked, valid.error, valid.message);
         return;
       case 'flush':
-        this.#acknowledge(cookie);
+        this.#acknowledge(asked);
         return;
       case 'read':
-        this.#guard(this.#read(cookie, valid));
+        this.#guard(asked, this.#read(asked, valid));
         return;
       case 'status':
-        this.#guard(this.#status(cookie, valid));
+        this.#guard(asked, this.#status(asked, valid));
         return;
       default:
         valid satisfies never;
@@ -254,11 +306,11 @@ export class Transmission {
   }
 
   /** A handler that throws is our own mistake: the connection ends, the server goes on. */
-  #guard(work: Promise<void>): void {
+  #guard(asked: Asked, work: Promise<void>): void {
     work.catch((err: unknown) => {
       this.#options.logger.error({ err }, 'request handler failed');
       this.#break('internal error', false);
-      this.#answered();
+      this.#answered(asked, true);
     });
   }
 
@@ -270,7 +322,9 @@ export class Transmission {
   }
 
   /** One request is done with, answered or dropped. */
-  #answered(): void {
+  #answered(asked: Asked, failed: boolean): void {
+    const seconds = (performance.now() - asked.sinceMs) / 1000;
+    countRequest(this.#options.figures.requests[asked.kind], seconds, failed);
     this.#inFlight -= 1;
     if (this.#inFlight === 0) {
       for (const resolve of this.#whenIdle.splice(0)) {
@@ -281,7 +335,11 @@ export class Transmission {
       this.#stalled = false;
       this.#parse();
       if (!this.#stalled && this.#state === 'open') {
-        this.#options.outlet.receiving(true);
+        if (this.#ended) {
+          this.drain();
+        } else {
+          this.#options.outlet.receiving(true);
+        }
       }
     }
     this.#checkFinished();
@@ -333,36 +391,36 @@ export class Transmission {
     return new Promise((resolve) => this.#options.outlet.write(bytes, resolve));
   }
 
-  #acknowledge(cookie: Cookie): void {
+  #acknowledge(asked: Asked): void {
     const reply = this.#rules.structuredReplies
-      ? encodeNone(cookie, NBD_REPLY_FLAG_DONE)
-      : encodeSimpleReply(cookie, 0);
-    this.#send(reply, () => this.#answered());
+      ? encodeNone(asked, NBD_REPLY_FLAG_DONE)
+      : encodeSimpleReply(asked, 0);
+    this.#send(reply, () => this.#answered(asked, false));
   }
 
-  #refuse(cookie: Cookie, error: NbdError, message: string, offset?: number): void {
+  #refuse(asked: Asked, error: NbdError, message: string, offset?: number): void {
     const reply = this.#rules.structuredReplies
-      ? encodeErrorChunk(cookie, NBD_REPLY_FLAG_DONE, error, message, offset)
-      : encodeSimpleReply(cookie, error);
-    this.#send(reply, () => this.#answered());
+      ? encodeErrorChunk(asked, NBD_REPLY_FLAG_DONE, error, message, offset)
+      : encodeSimpleReply(asked, error);
+    this.#send(reply, () => this.#answered(asked, true));
   }
 
-  async #read(cookie: Cookie, request: ReadRequest): Promise<void> {
+  async #read(asked: Asked, request: ReadRequest): Promise<void> {
     const { offset, length, dontFragment } = request;
     const { structuredReplies, limits } = this.#rules;
     if (length === 0) {
-      this.#acknowledge(cookie);
+      this.#acknowledge(asked);
     } else if (!structuredReplies && length > limits.pieceBytes) {
-      await this.#readLongSimple(cookie, offset, length);
+      await this.#readLongSimple(asked, offset, length);
     } else if (!structuredReplies || dontFragment || this.#allocation === undefined) {
-      await this.#readSegments(cookie, [{ start: offset, end: offset + length, zero: false }]);
+      await this.#readSegments(asked, [{ start: offset, end: offset + length, zero: false }]);
     } else {
-      await this.#readSegments(cookie, segments(this.#allocation, offset, length));
+      await this.#readSegments(asked, segments(this.#allocation, offset, length));
     }
   }
 
   /** Answers a read piece by piece, each read before its header leaves. */
-  async #readSegments(cookie: Cookie, parts: Iterable<Segment>): Promise<void> {
+  async #readSegments(asked: Asked, parts: Iterable<Segment>): Promise<void> {
     const iterator = parts[Symbol.iterator]();
     let next = iterator.next();
     while (!next.done) {
@@ -371,8 +429,8 @@ export class Transmission {
       const isLast = next.done === true;
       if (
         !(zero
-          ? await this.#sendHole(cookie, start, end, isLast)
-          : await this.#sendData(cookie, start, end, isLast))
+          ? await this.#sendHole(asked, start, end, isLast)
+          : await this.#sendData(asked, start, end, isLast))
       ) {
         return;
       }
@@ -380,34 +438,47 @@ export class Transmission {
   }
 
   /** Sends one chunk for zeroes. Returns whether the reply goes on. */
-  async #sendHole(cookie: Cookie, start: number, end: number, isLast: boolean): Promise<boolean> {
+  async #sendHole(asked: Asked, start: number, end: number, isLast: boolean): Promise<boolean> {
     const { budget, hasFailed } = this.#options;
     const flags = isLast ? NBD_REPLY_FLAG_DONE : 0;
-    const chunk = encodeOffsetHole(cookie, flags, start, end - start);
+    const chunk = encodeOffsetHole(asked, flags, start, end - start);
     if (!budget.tryTake(chunk.length)) {
       await budget.take(chunk.length);
     }
     if (hasFailed()) {
       budget.give(chunk.length);
-      this.#refuse(cookie, NBD_EIO, 'export has failed', start);
+      this.#refuse(asked, NBD_EIO, 'export has failed', start);
       return false;
     }
     this.#send(chunk, () => {
       budget.give(chunk.length);
       if (isLast) {
-        this.#answered();
+        this.#answered(asked, false);
       }
     });
     return true;
   }
 
+  /** Waits until so much data may pass the export's caps. */
+  async #pace(bytes: number): Promise<void> {
+    for (const cap of this.#options.agreement.export.bandwidth ?? []) {
+      if (this.#state !== 'over' && !cap.tryTake(bytes)) {
+        await cap.take(bytes, this);
+      }
+    }
+  }
+
   /** Reads and sends `[start, end)` in pieces. Returns whether the reply goes on. */
-  async #sendData(cookie: Cookie, start: number, end: number, isLast: boolean): Promise<boolean> {
+  async #sendData(asked: Asked, start: number, end: number, isLast: boolean): Promise<boolean> {
     const { budget, pool, limits } = this.#options;
     const { structuredReplies } = this.#rules;
     const headerBytes = structuredReplies ? OFFSET_DATA_HEADER_BYTES : SIMPLE_REPLY_BYTES;
     for (let position = start; position < end; ) {
       const length = Math.min(limits.pieceBytes, end - position);
+      if (this.#paced) {
+        // Before the budget, of which others have a use meanwhile.
+        await this.#pace(length);
+      }
       if (!budget.tryTake(length)) {
         await budget.take(length);
       }
@@ -420,19 +491,19 @@ export class Transmission {
       const error = await this.#fill(chunk.subarray(headerBytes), position);
       if (error !== undefined) {
         release();
-        this.#refuse(cookie, error, 'read failed', position);
+        this.#refuse(asked, error, 'read failed', position);
         return false;
       }
       const ends = isLast && position + length === end;
       if (structuredReplies) {
-        writeOffsetData(chunk, cookie, ends ? NBD_REPLY_FLAG_DONE : 0, position, length);
+        writeOffsetData(chunk, asked, ends ? NBD_REPLY_FLAG_DONE : 0, position, length);
       } else {
-        writeSimpleReply(chunk, cookie, 0);
+        writeSimpleReply(chunk, asked, 0);
       }
       this.#send(chunk, () => {
         release();
         if (ends) {
-          this.#answered();
+          this.#answered(asked, false);
         }
       });
       position += length;
@@ -446,9 +517,10 @@ export class Transmission {
    * replies meanwhile. Only its first piece is read before the header has left: an
    * error after that can only end the connection.
    */
-  async #readLongSimple(cookie: Cookie, offset: number, length: number): Promise<void> {
+  async #readLongSimple(asked: Asked, offset: number, length: number): Promise<void> {
     const { budget, pool, limits } = this.#options;
     const pieceBytes = limits.pieceBytes;
+    await this.#pace(pieceBytes);
     if (!budget.tryTake(pieceBytes)) {
       await budget.take(pieceBytes);
     }
@@ -460,11 +532,12 @@ export class Transmission {
     );
     if (error === undefined) {
       await this.#takeStream();
-      writeSimpleReply(buffer, cookie, 0);
+      writeSimpleReply(buffer, asked, 0);
       await this.#writeAndWait(buffer.subarray(0, SIMPLE_REPLY_BYTES + pieceBytes));
       let position = offset + pieceBytes;
       while (position < end && this.#state !== 'over') {
         const piece = buffer.subarray(0, Math.min(pieceBytes, end - position));
+        await this.#pace(piece.length);
         if ((await this.#fill(piece, position)) !== undefined) {
           this.#break('read failed in the middle of a simple reply', false);
           break;
@@ -477,9 +550,9 @@ export class Transmission {
     pool.give(buffer);
     budget.give(pieceBytes);
     if (error === undefined) {
-      this.#answered();
+      this.#answered(asked, false);
     } else {
-      this.#refuse(cookie, error, 'read failed', offset);
+      this.#refuse(asked, error, 'read failed', offset);
     }
   }
 
@@ -497,11 +570,12 @@ export class Transmission {
       logger.error({ err, offset, length: buffer.length }, 'read failed');
       return readErrorFor(err);
     }
+    this.#options.figures.readBytes += buffer.length;
     // It may have failed while we read: then the data may be wrong, whatever the read says.
     return hasFailed() ? NBD_EIO : undefined;
   }
 
-  async #status(cookie: Cookie, request: StatusRequest): Promise<void> {
+  async #status(asked: Asked, request: StatusRequest): Promise<void> {
     const { agreement, budget, limits, hasFailed } = this.#options;
     const { contexts } = agreement;
     const { offset, length, requestOne } = request;
@@ -511,18 +585,18 @@ export class Transmission {
     }
     if (hasFailed()) {
       budget.give(range.replyBytes);
-      this.#refuse(cookie, NBD_EIO, 'export has failed');
+      this.#refuse(asked, NBD_EIO, 'export has failed');
       return;
     }
     const reply = Buffer.allocUnsafe(range.replyBytes);
     let at = 0;
     for (const [index, { id, map }] of contexts.entries()) {
       const flags = index === contexts.length - 1 ? NBD_REPLY_FLAG_DONE : 0;
-      at = writeBlockStatus(reply, at, { cookie, flags, contextId: id }, map, range);
+      at = writeBlockStatus(reply, at, { cookie: asked, flags, contextId: id }, map, range);
     }
     this.#send(reply, () => {
       budget.give(range.replyBytes);
-      this.#answered();
+      this.#answered(asked, false);
     });
   }
 }

@@ -20,6 +20,10 @@ import type { BackupDescription } from './backup-report.ts';
 import { StillblockError, usageError } from './errors.ts';
 import { DEFAULT_HOST, explainListen } from './listen.ts';
 
+/** What the option says in a command's help. */
+export const METRICS_HELP =
+  'serve metrics for Prometheus: [HOST:]PORT, or the path of a unix socket';
+
 /** What the metrics are made of. */
 export interface Measured {
   readonly nbd: NbdFigures;

@@ -171,6 +171,8 @@ interface Addon {
   createStore(folder: string, sizeBytes: number): Promise<NativeStoreFile>;
   openStore(path: string, sizeBytes: number): Promise<NativeStoreFile>;
   dataRanges(fd: number, sizeBytes: number): Promise<Float64Array>;
+  forgetCached(fd: number, ranges: Float64Array): Promise<void>;
+  yieldIo(): void;
 }
 
 let loaded: Addon | undefined;
@@ -342,4 +344,22 @@ export function storeExtents(store: StoreFile): Extent[] {
  */
 export async function dataRanges(fd: number, sizeBytes: number): Promise<readonly Extent[]> {
   return toExtents(await addon().dataRanges(fd, sizeBytes));
+}
+
+/**
+ * Lets the page cache forget parts of a file or device, as far as nobody else uses them.
+ *
+ * @param fd open descriptor
+ */
+export function forgetCached(fd: number, ranges: readonly Extent[]): Promise<void> {
+  const pairs = ranges.flatMap(({ offset, length }) => [offset, length]);
+  return addon().forgetCached(fd, Float64Array.from(pairs));
+}
+
+/**
+ * Lets the I/O of everybody else go first, as `ionice -c idle` does, for all threads of
+ * this process and those that they start.
+ */
+export function yieldIo(): void {
+  addon().yieldIo();
 }

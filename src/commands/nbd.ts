@@ -3,6 +3,7 @@
 import { readFile, stat } from 'node:fs/promises';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
+import type { Bandwidth } from '../../nbd/bandwidth.ts';
 import {
   DIRTY_BITMAP_PREFIX,
   NBD_DEFAULT_PORT,
@@ -10,16 +11,25 @@ import {
   NBD_STATE_DIRTY,
 } from '../../nbd/constants.ts';
 import { errorCode } from '../../nbd/errors.ts';
-import { type BlockSource, diskExports, type Export, openFileSource } from '../../nbd/export.ts';
+import {
+  type BlockSource,
+  diskExports,
+  type Export,
+  type ForgetCached,
+  openFileSource,
+} from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import { type ListenAddress, NbdServer } from '../../nbd/server.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { explain, StillblockError, usageError } from '../errors.ts';
 import { ExtentsJsonError, parseExtents } from '../extents-json.ts';
+import { beGentle } from '../gentle.ts';
 import { fileAllocation } from '../holes.ts';
 import { DEFAULT_HOST, explainListen, type ListenOptions, planAddresses } from '../listen.ts';
 import { makeLog } from '../log.ts';
+import { METRICS_HELP, type MetricsServer, planMetrics, startMetrics } from '../metrics.ts';
 import { formatTable, printJson, printLine } from '../output.ts';
+import { MAX_RATE_HELP, planRates, RateCaps, type Rates } from '../rates.ts';
 import { formatSize } from '../sizes.ts';
 import { type CommonOptions, collect, newCommand } from './common.ts';
 
@@ -30,6 +40,8 @@ const EXTENTS_FILE_BYTES = 256 * 1024 * 1024;
 export interface NbdOptions extends CommonOptions, ListenOptions {
   readonly export?: readonly string[];
   readonly dirty?: readonly string[];
+  readonly maxRate?: readonly string[];
+  readonly metrics?: string;
 }
 
 interface PlannedCheckpoint {
@@ -47,6 +59,8 @@ interface PlannedDisk {
 export interface NbdPlan {
   readonly addresses: readonly ListenAddress[];
   readonly disks: readonly PlannedDisk[];
+  readonly rates: Rates;
+  readonly metrics: ListenAddress | undefined;
 }
 
 /** Quotes a word of the command line, so that an empty or odd one is seen. */
@@ -132,12 +146,14 @@ export function planNbd(options: NbdOptions): NbdPlan {
   return {
     addresses: planAddresses(options),
     disks: [...disks].map(([name, disk]) => ({ name, ...disk })),
+    rates: planRates(options.maxRate ?? [], disks.keys()),
+    metrics: options.metrics === undefined ? undefined : planMetrics(options.metrics),
   };
 }
 
-async function openDisk(disk: PlannedDisk): Promise<BlockSource> {
+async function openDisk(disk: PlannedDisk, forget: ForgetCached | undefined): Promise<BlockSource> {
   try {
-    return await openFileSource(disk.path);
+    return await openFileSource(disk.path, forget);
   } catch (cause) {
     if (errorCode(cause) === 'EINVAL') {
       throw new StillblockError(
@@ -212,6 +228,7 @@ interface PreparedExport {
 async function prepareDisk(
   disk: PlannedDisk,
   source: BlockSource,
+  bandwidth: readonly Bandwidth[],
   logger: Logger,
 ): Promise<PreparedExport[]> {
   const checkpoints: { readonly name: string; readonly dirty: readonly Extent[] }[] = [];
@@ -225,6 +242,7 @@ async function prepareDisk(
     source,
     allocation: await allocationOf(disk, source, logger),
     checkpoints,
+    bandwidth,
   });
   return [image, ...deltas].map((offered, index) => {
     const checkpoint = checkpoints[index - 1]?.name;
@@ -237,9 +255,13 @@ async function prepareDisk(
   });
 }
 
-function printServing(served: readonly ServedExport[], json: boolean): void {
+function printServing(
+  served: readonly ServedExport[],
+  metrics: string | undefined,
+  json: boolean,
+): void {
   if (json) {
-    printJson({ event: 'serving', exports: served });
+    printJson({ event: 'serving', exports: served, ...(metrics !== undefined && { metrics }) });
     return;
   }
   const rows = served.flatMap(({ uris, sizeBytes, checkpoint, dirtyBytes }) =>
@@ -250,6 +272,9 @@ function printServing(served: readonly ServedExport[], json: boolean): void {
     ]),
   );
   printLine(formatTable(['URI', 'SIZE', 'CHANGED'], rows));
+  if (metrics !== undefined) {
+    printLine(`Metrics: ${metrics}`);
+  }
   printLine('Press Ctrl-C to end.');
 }
 
@@ -277,13 +302,16 @@ function endingSignal(): { wait: Promise<string>; release: () => void } {
 async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promise<void> {
   const server = new NbdServer({ logger });
   const sources: BlockSource[] = [];
+  const caps = new RateCaps(plan.rates);
+  let metrics: MetricsServer | undefined;
   const signal = endingSignal();
+  const forget = await beGentle(logger);
   try {
     const prepared: PreparedExport[] = [];
     for (const disk of plan.disks) {
-      const source = await openDisk(disk);
+      const source = await openDisk(disk, forget);
       sources.push(source);
-      prepared.push(...(await prepareDisk(disk, source, logger)));
+      prepared.push(...(await prepareDisk(disk, source, caps.of(disk.name), logger)));
     }
     for (const { export: offered } of prepared) {
       server.addExport(offered);
@@ -299,16 +327,23 @@ async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promis
         throw explainListen(address, cause);
       }
     }
+    if (plan.metrics !== undefined) {
+      metrics = await startMetrics(plan.metrics, () => ({
+        nbd: { ...server.usage, accepted: server.accepted, exports: server.figures },
+      }));
+      logger.info({ metrics: metrics.where }, 'metrics are served');
+    }
     const served = prepared.map(({ export: { name, source }, ...known }) => ({
       name,
       ...known,
       uris: server.uris(name),
       sizeBytes: source.sizeBytes,
     }));
-    printServing(served, options.json === true);
+    printServing(served, metrics?.where, options.json === true);
     logger.info({ signal: await signal.wait }, 'ending');
   } finally {
     signal.release();
+    await metrics?.close();
     await server.close();
     await Promise.all(sources.map((source) => source.close()));
   }
@@ -358,6 +393,8 @@ export function nbdCommand(): Command {
     )
     .option('-U, --unix <socket>', 'unix socket to listen on')
     .option('--export <name=path>', 'file or device to serve, repeatable', collect)
+    .option('--max-rate <[name=]rate>', MAX_RATE_HELP, collect)
+    .option('--metrics <address>', METRICS_HELP)
     .option('--dirty <name:checkpoint=extents.json>', 'what changed since, repeatable', collect)
     .addHelpText('after', AFTER_HELP)
     .action((options: NbdOptions) => run(options));

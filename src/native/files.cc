@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What Node cannot ask about files: where their data is.
+// What Node cannot ask about files: where their data is, to forget what is cached of them, and
+// to let others' I/O go first.
+#include <dirent.h>
 #include <fcntl.h>
+#include <linux/ioprio.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -69,8 +74,71 @@ Napi::Value DataRanges(const Napi::CallbackInfo& info) {
       ToFloat64Array);
 }
 
+// The page cache lets go of what nobody else uses or has changed in these ranges.
+Outcome<bool> Forget(int fd, const Ranges& ranges) {
+  for (size_t index = 0; index + 1 < ranges.size(); index += 2) {
+    int error = posix_fadvise(fd, static_cast<off_t>(ranges[index]),
+                              static_cast<off_t>(ranges[index + 1]), POSIX_FADV_DONTNEED);
+    if (error != 0) {
+      errno = error;
+      return Failure::Last("posix_fadvise");
+    }
+  }
+  return true;
+}
+
+// forgetCached(fd, ranges: Float64Array): Promise<void>
+Napi::Value ForgetCached(const Napi::CallbackInfo& info) {
+  Arguments arguments(info.Env());
+  int given = arguments.Descriptor(info[0], "fd");
+  if (!arguments.ok()) return {};
+  if (!info[1].IsTypedArray() ||
+      info[1].As<Napi::TypedArray>().TypedArrayType() != napi_float64_array) {
+    Napi::TypeError::New(info.Env(), "ranges is no Float64Array").ThrowAsJavaScriptException();
+    return {};
+  }
+  Napi::Float64Array array = info[1].As<Napi::Float64Array>();
+  Ranges ranges(array.Data(), array.Data() + array.ElementLength());
+  auto fd = std::make_shared<UniqueFd>(fcntl(given, F_DUPFD_CLOEXEC, 0));
+  if (!fd->valid()) {
+    Failure::Last("fcntl").ToError(info.Env()).ThrowAsJavaScriptException();
+    return {};
+  }
+  return Operation<bool>::Start(
+      info.Env(), "stillblock:forgetCached",
+      [fd, ranges = std::move(ranges)] { return Forget(fd->get(), ranges); },
+      [](Napi::Env env, bool&) { return env.Undefined(); });
+}
+
+// yieldIo(): the I/O of all threads of this process waits for everybody else's, also of those
+// that are started later.
+Napi::Value YieldIo(const Napi::CallbackInfo& info) {
+  // A priority belongs to a thread, and to those that it starts from then on.
+  DIR* tasks = opendir("/proc/self/task");
+  if (tasks == nullptr) {
+    Failure::Last("opendir").ToError(info.Env()).ThrowAsJavaScriptException();
+    return {};
+  }
+  bool failed = false;
+  while (dirent* entry = readdir(tasks)) {
+    int thread = std::atoi(entry->d_name);
+    if (thread > 0 &&
+        syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, thread,
+                IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0)) != 0 &&
+        errno != ESRCH) {
+      failed = true;
+      break;
+    }
+  }
+  if (failed) Failure::Last("ioprio_set").ToError(info.Env()).ThrowAsJavaScriptException();
+  closedir(tasks);
+  return info.Env().Undefined();
+}
+
 }  // namespace
 
 void ExportFiles(Napi::Env env, Napi::Object exports) {
+  exports.Set("forgetCached", Napi::Function::New(env, ForgetCached, "forgetCached"));
+  exports.Set("yieldIo", Napi::Function::New(env, YieldIo, "yieldIo"));
   exports.Set("dataRanges", Napi::Function::New(env, DataRanges, "dataRanges"));
 }
