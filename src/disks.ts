@@ -24,6 +24,7 @@ export interface Disk {
 export interface DiskRequest {
   /** Name of the export; undefined for the default. */
   readonly name: string | undefined;
+  /** A path, or the name of a tracked device. */
   readonly path: string;
 }
 
@@ -86,6 +87,25 @@ export function diskOf(tracker: Tracker, devices: BlockDevices): Disk {
     path: devices.describe(number),
     tracker,
   };
+}
+
+/**
+ * The number of the device that a path leads to or, where that has gone or is none, of the
+ * tracked device of that name or path in the list.
+ *
+ * @throws StillblockError as {@link blockDeviceAt} if there is neither
+ */
+export async function deviceNumberOf(
+  wanted: string,
+  tracked: readonly Disk[],
+): Promise<DeviceNumber> {
+  const named = tracked.find(({ name, path }) => name === wanted || path === wanted);
+  return blockDeviceAt(wanted).catch((error: unknown) => {
+    if (named === undefined) {
+      throw error;
+    }
+    return named.number;
+  });
 }
 
 /**

@@ -17,7 +17,14 @@ import {
 import { BlockDevices, deviceNumber, splitDeviceNumber } from './block-devices.ts';
 import { type Checkpoint, type CheckpointList, CheckpointStore, judge } from './checkpoints.ts';
 import { type Controlled, ControlSocket, describeBackup } from './control-socket.ts';
-import { blockDeviceAt, chooseDisks, type Disk, type DiskRequest, openControl } from './disks.ts';
+import {
+  chooseDisks,
+  type Disk,
+  type DiskRequest,
+  deviceNumberOf,
+  diskOf,
+  openControl,
+} from './disks.ts';
 import {
   EXIT,
   type ExitCode,
@@ -244,13 +251,15 @@ export class BackupSession implements Controlled {
   async #begin(control: ControlDevice): Promise<void> {
     const earlier = await this.#requireFreeName();
     const devices = await BlockDevices.read();
+    const trackers = await control.list();
+    const tracked = trackers.map((tracker) => diskOf(tracker, devices));
     const wanted = await Promise.all(
       this.#request.disks.map(async (disk) => ({
         ...disk,
-        number: await blockDeviceAt(disk.path),
+        number: await deviceNumberOf(disk.path, tracked),
       })),
     );
-    const disks = chooseDisks(await control.list(), devices, wanted);
+    const disks = chooseDisks(trackers, devices, wanted);
     this.#requireIncrements(
       earlier,
       disks.map(({ name, tracker }) => ({ ...tracker, name })),

@@ -172,7 +172,11 @@ function beginCommand(): Command {
     )
     .option('--store-size <SIZE>', 'of each, to begin with (default: a share)', sizeOption)
     .option('--store-max <SIZE>', "of each, to grow to (default: a folder's room)", sizeOption)
-    .option('--disk <[NAME=]DEV>', 'a tracked device, repeatable (default: all)', collect)
+    .option(
+      '--disk <[NAME=]DEV>',
+      'a tracked device by path or name, repeatable (default: all)',
+      collect,
+    )
     .option('--incremental <NAME>', 'fail unless all changes since NAME are known')
     .option('--description <TEXT>', 'kept with the checkpoint')
     .option('-p, --port <PORT>', `TCP port, 0 for any free one (default: ${NBD_DEFAULT_PORT})`)

@@ -2,7 +2,14 @@
 /** `stillblock device`: which devices are tracked. */
 import { Command } from 'commander';
 import { BlockDevices } from '../block-devices.ts';
-import { blockDeviceAt, type Disk, diskOf, openControl, requireSeen } from '../disks.ts';
+import {
+  blockDeviceAt,
+  type Disk,
+  deviceNumberOf,
+  diskOf,
+  openControl,
+  requireSeen,
+} from '../disks.ts';
 import { explain, reasonWords, StillblockError, usageError } from '../errors.ts';
 import type { ControlDevice } from '../native.ts';
 import { printJson, printLine, printTable } from '../output.ts';
@@ -102,13 +109,7 @@ async function attach(
 
 /** A tracked device by its path, or, where that has gone, by its name or path in the list. */
 async function findDisk(disks: readonly Disk[], wanted: string): Promise<Disk> {
-  const named = disks.find(({ name, path }) => name === wanted || path === wanted);
-  const number = await blockDeviceAt(wanted).catch((error: unknown) => {
-    if (named === undefined) {
-      throw error;
-    }
-    return named.number;
-  });
+  const number = await deviceNumberOf(wanted, disks);
   const disk = disks.find((candidate) => candidate.number === number);
   if (disk === undefined) {
     const { message } = reasonWords('NOT_ATTACHED', wanted);

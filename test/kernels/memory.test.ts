@@ -17,7 +17,7 @@ import {
 } from './world.ts';
 
 const kernel = testKernel();
-const injects = kernel === 'debug';
+const injects: boolean = String(kernel) === 'debug';
 const disks = { raw: 24, other: 16, store: 64 } as const;
 const writtenBytes = 16 * MiB;
 const paceUs = 5000;

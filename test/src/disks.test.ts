@@ -2,7 +2,14 @@
 /** Which devices a command means. */
 import test from 'ava';
 import { type BlockDevice, BlockDevices } from '../../src/block-devices.ts';
-import { blockDeviceAt, chooseDisks, parseDiskRequest, requireSeen } from '../../src/disks.ts';
+import {
+  blockDeviceAt,
+  chooseDisks,
+  deviceNumberOf,
+  diskOf,
+  parseDiskRequest,
+  requireSeen,
+} from '../../src/disks.ts';
 import type { Tracker } from '../../src/native.ts';
 
 function device(number: string, diskName: string, beneath: readonly string[] = []): BlockDevice {
@@ -110,6 +117,14 @@ test('NAME=DEV is told from DEV', (t) => {
   for (const wrong of ['=/dev/sda', 'a@b=/dev/sda', 'a/b=/dev/sda', 'a b=/dev/sda']) {
     t.throws(() => parseDiskRequest(wrong), { code: 'USAGE' }, wrong);
   }
+});
+
+test('a tracked device is meant by its name, and by its path when that has gone', async (t) => {
+  const tracked = [sda, data].map((each) => diskOf(each, devices));
+  t.is(await deviceNumberOf('vg0-data', tracked), '252:0');
+  t.is(await deviceNumberOf('/dev/vg0-data', tracked), '252:0');
+  await t.throwsAsync(deviceNumberOf('vg0-other', tracked), { code: 'ENOENT' });
+  await t.throwsAsync(deviceNumberOf('/dev/null', tracked), { code: 'NOT_BLOCK_DEVICE' });
 });
 
 test('only a block device is one', async (t) => {
