@@ -1,36 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Many hostile clients at once: they delay nobody, and they hold no more than limits.ts says. */
-import { writeFile } from 'node:fs/promises';
 import { connect, type Socket } from 'node:net';
-import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
 import { DEFAULT_LIMITS, mostClientBytes } from '../../nbd/limits.ts';
-import { CMD, infoData, OPT, optionBytes, requestBytes } from './protocol.ts';
+import {
+  CLIENT_FLAGS,
+  CROWD,
+  CROWD_DISK_BYTES,
+  compare,
+  GO,
+  GOOD_CLIENTS,
+  gather,
+  goodClient,
+  HANDSHAKE,
+  median,
+  readRequest,
+  serveCrowd,
+} from './crowd.ts';
 import { Random } from './random.ts';
-import { type Address, ServerProcess } from './serving.ts';
+import type { Address, ServerProcess } from './serving.ts';
 
 const MIB = 1 << 20;
-const SIZE = 40 * MIB;
-const CLIENT_FLAGS = Buffer.from([0, 0, 0, 3]);
-const GO = optionBytes(OPT.go, infoData('disk', []));
-const HANDSHAKE = Buffer.concat([
-  CLIENT_FLAGS,
-  optionBytes(OPT.structuredReply, Buffer.alloc(0)),
-  GO,
-]);
 
 async function serve(t: ExecutionContext): Promise<{ server: ServerProcess; data: Buffer }> {
-  const data = Buffer.alloc(SIZE);
-  const random = new Random(3);
-  for (let at = 0; at < SIZE; at += 512) {
-    data.writeUInt32LE(random.u32(), at);
-  }
-  const server = await ServerProcess.start(async (home) => {
-    await writeFile(join(home, 'disk'), data);
-    return ['--export', `disk=${join(home, 'disk')}`];
-  });
-  t.teardown(() => server.end());
-  return { server, data };
+  const served = await serveCrowd();
+  t.teardown(() => served.server.end());
+  return served;
 }
 
 function open(t: ExecutionContext, address: Address): Socket {
@@ -41,135 +36,46 @@ function open(t: ExecutionContext, address: Address): Socket {
   return socket;
 }
 
-function closed(socket: Socket): Promise<void> {
-  return new Promise((resolve) => {
-    socket.once('close', () => resolve());
-  });
-}
-
-/** A client that does everything right: connects, reads a little, checks it, says goodbye. */
-async function goodClient(address: Address, data: Buffer, offset: number): Promise<number> {
-  const began = performance.now();
-  const socket = connect(address);
-  const length = 16_384;
-  const read = requestBytes({
-    extended: false,
-    flags: 0,
-    type: CMD.read,
-    cookie: 7n,
-    offset: BigInt(offset),
-    length: BigInt(length),
-  });
-  socket.write(Buffer.concat([CLIENT_FLAGS, GO, read]));
-  let received = Buffer.alloc(0);
-  const wanted = 18 + 20 + 12 + 20 + 16 + length;
-  for await (const chunk of socket) {
-    received = Buffer.concat([received, chunk as Buffer]);
-    if (received.length >= wanted) {
-      break;
-    }
-  }
-  socket.destroy();
-  if (!received.subarray(wanted - length).equals(data.subarray(offset, offset + length))) {
-    throw new Error(`wrong data, ${received.length} bytes`);
-  }
-  return performance.now() - began;
-}
-
-/** The longest that any of 20 good clients takes, each of them ten times, milliseconds. */
-async function slowestGoodClient(address: Address, data: Buffer): Promise<number> {
-  const times = await Promise.all(
-    Array.from({ length: 20 }, async (_, index) => {
-      let slowest = 0;
-      for (let turn = 0; turn < 10; turn += 1) {
-        const offset = (index * 10 + turn) * 65_536;
-        slowest = Math.max(slowest, await goodClient(address, data, offset));
-      }
-      return slowest;
-    }),
-  );
-  return Math.max(...times);
-}
-
-/** The quickest of three rounds: what else the machine does is no fault of the server. */
-async function quickestRound(address: Address, data: Buffer): Promise<number> {
-  const rounds: number[] = [];
-  for (let round = 0; round < 3; round += 1) {
-    rounds.push(await slowestGoodClient(address, data));
-  }
-  return Math.min(...rounds);
-}
-
 for (const transport of ['unix', 'tcp'] as const) {
-  // These measure time, so they run one after the other.
   test.serial(
     `250 held connections and dribblers delay no good client, over ${transport}`,
     async (t) => {
       t.timeout(3 * 60_000);
       const { server, data } = await serve(t);
-      const address = server[transport];
-      const alone = await quickestRound(address, data);
-
-      const started = performance.now();
-      // At all places where a handshake can stop.
-      const lifetimes = Array.from({ length: 220 }, async (_, index) => {
-        const socket = open(t, address);
-        socket.resume();
-        socket.write(HANDSHAKE.subarray(0, index % (HANDSHAKE.length - 1)));
-        await closed(socket);
-        return performance.now() - started;
-      });
-      const dribblers = Array.from({ length: 30 }, (_, index) => {
-        const socket = open(t, address);
-        socket.resume();
-        // Half of them never end the handshake, half dribble requests once they are through.
-        const never = index % 2 === 0;
-        const requests = Buffer.concat(
-          Array.from({ length: 400 }, (_none, at) =>
-            requestBytes({
-              extended: false,
-              flags: 0,
-              type: CMD.read,
-              cookie: BigInt(at),
-              offset: BigInt(at * 512),
-              length: 512n,
-            }),
-          ),
-        );
-        const stream = never ? HANDSHAKE : Buffer.concat([HANDSHAKE, requests]);
-        let at = never ? 0 : HANDSHAKE.length;
-        if (!never) {
-          socket.write(HANDSHAKE);
-        }
-        const timer = setInterval(() => {
-          socket.write(stream.subarray(at, at + 1));
-          at = never ? Math.min(at + 1, HANDSHAKE.length - 1) : at + 1;
-        }, 10);
-        socket.once('close', () => clearInterval(timer));
-        t.teardown(() => clearInterval(timer));
-        return { socket, never, ended: closed(socket) };
-      });
-      const crowded = await quickestRound(address, data);
-      t.true(performance.now() - started < DEFAULT_LIMITS.handshakeMs, 'they were held meanwhile');
-      t.true(crowded <= alone + 50, `${crowded} ms among them, ${alone} ms alone`);
-      t.log(
-        `${transport}: slowest of 20 clients ${alone.toFixed(1)} ms alone, ${crowded.toFixed(1)} ms among 250`,
-      );
-
-      // A deadline is not to be put off by dribbling, and is none for those who are served.
-      const ages = await Promise.all(lifetimes);
-      await Promise.all(dribblers.filter(({ never }) => never).map(({ ended }) => ended));
-      // With 20 good clients beside them they are more than may be in handshake: the oldest go.
-      const early = ages.filter((age) => age < DEFAULT_LIMITS.handshakeMs - 1000);
-      t.true(early.length <= 250 + 20 - DEFAULT_LIMITS.handshakes, `${early.length} went early`);
-      t.true(Math.max(...ages) < DEFAULT_LIMITS.handshakeMs + 5000, `${Math.max(...ages)}`);
-      t.true(dribblers.filter(({ never }) => !never).every(({ socket }) => !socket.destroyed));
-      for (const { socket } of dribblers) {
-        socket.destroy();
-      }
-      await goodClient(address, data, 512);
+      const { aloneMs, crowdedMs } = await compare(server[transport], data, 5);
+      const [alone, crowded] = [median(aloneMs), median(crowdedMs)];
+      t.log(`${alone.toFixed(1)} ms alone, ${crowded.toFixed(1)} ms among them`);
+      // With a machine to itself it is 50 ms at most (crowd-run.ts says); under other load both
+      // are what that load makes of them, and a client that waits for the crowd waits seconds.
+      t.true(crowded <= 50 + 2 * alone, `${crowdedMs.join()} against ${aloneMs.join()}`);
     },
   );
+
+  test.serial(`held connections are dropped at their deadline, over ${transport}`, async (t) => {
+    t.timeout(3 * 60_000);
+    const { server, data } = await serve(t);
+    const address = server[transport];
+    const crowd = gather(address);
+    t.teardown(() => {
+      for (const { socket } of crowd) {
+        socket.destroy();
+      }
+    });
+    await Promise.all(
+      Array.from({ length: GOOD_CLIENTS }, (_, index) => goodClient(address, data, index * 512)),
+    );
+    // Dribbling does not put it off.
+    const ages = await Promise.all(crowd.filter(({ served }) => !served).map(({ ended }) => ended));
+    // With good clients beside them they may be more than fit in handshake: the oldest go.
+    const early = ages.filter((age) => age < DEFAULT_LIMITS.handshakeMs - 1000);
+    t.true(early.length <= CROWD + GOOD_CLIENTS - DEFAULT_LIMITS.handshakes, `${early.length}`);
+    t.true(Math.max(...ages) < 2 * DEFAULT_LIMITS.handshakeMs, `${Math.max(...ages)}`);
+    // It is no deadline for those who are served.
+    const served = crowd.filter((member) => member.served);
+    t.is(served.length, 15);
+    t.true(served.every(({ socket }) => !socket.destroyed));
+    await goodClient(address, data, 512);
+  });
 
   test.serial(
     `500 clients that ask for all they may and fetch nothing, over ${transport}`,
@@ -187,14 +93,7 @@ for (const transport of ['unix', 'tcp'] as const) {
           // The longest reads, those that fill the largest buffers worst, and whole pieces.
           const length = [32 * MIB, MIB / 2 + 1, MIB][index % 3] ?? MIB;
           const requests = Array.from({ length: DEFAULT_LIMITS.requestsInFlight }, () =>
-            requestBytes({
-              extended: false,
-              flags: 0,
-              type: CMD.read,
-              cookie: random.u64(),
-              offset: BigInt(random.below(SIZE - length)),
-              length: BigInt(length),
-            }),
+            readRequest(random.u64(), random.below(CROWD_DISK_BYTES - length), length),
           );
           // Every other one in simple replies, which one long read has to itself.
           const greeting = index % 2 === 0 ? HANDSHAKE : Buffer.concat([CLIENT_FLAGS, GO]);
