@@ -5,8 +5,7 @@ import { usageError } from './errors.ts';
 import { formatSize, parseSize } from './sizes.ts';
 
 /** What the option says in a command's help. */
-export const MAX_RATE_HELP =
-  'most data per second, such as 100M, for all exports together or for one, repeatable';
+export const MAX_RATE_HELP = 'bytes per second for all, or for one, repeatable (100M)';
 
 /** Caps, in bytes per second. */
 export interface Rates {
