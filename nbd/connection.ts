@@ -226,8 +226,8 @@ export class Connection {
     this.#agreement = agreement;
     this.#logger = this.#logger.child({ export: agreement.export.name });
     const contexts = agreement.contexts.map(({ name }) => name);
-    const { structuredReplies } = agreement;
-    this.#logger.info({ structuredReplies, contexts }, 'client is served');
+    const { headers } = agreement;
+    this.#logger.info({ headers, contexts }, 'client is served');
     const { limits, shared, pool } = this.#host;
     this.#transmission = new Transmission({
       agreement,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /**
  * The numbers of the NBD protocol, under the specification's own names
- * (`doc/proto.md` of NetworkBlockDevice/nbd, section "Values"). What this server
- * never sends nor compares with is left out.
+ * (`doc/proto.md` of NetworkBlockDevice/nbd, section "Values", with its extension
+ * EXTENDED_HEADERS). What this server never sends nor compares with is left out.
  */
 
 /** Opens the greeting: "NBDMAGIC". */
@@ -35,8 +35,10 @@ export const NBD_REP_META_CONTEXT = 4;
 export const NBD_REP_ERR_UNSUP = 0x80000001;
 export const NBD_REP_ERR_POLICY = 0x80000002;
 export const NBD_REP_ERR_INVALID = 0x80000003;
+export const NBD_REP_ERR_TLS_REQD = 0x80000005;
 export const NBD_REP_ERR_UNKNOWN = 0x80000006;
 export const NBD_REP_ERR_TOO_BIG = 0x80000009;
+export const NBD_REP_ERR_EXT_HEADER_REQD = 0x8000000a;
 
 export const NBD_INFO_EXPORT = 0;
 export const NBD_INFO_NAME = 1;
@@ -49,10 +51,13 @@ export const NBD_FLAG_SEND_FLUSH = 0x0004;
 export const NBD_FLAG_SEND_FUA = 0x0008;
 export const NBD_FLAG_SEND_DF = 0x0080;
 export const NBD_FLAG_CAN_MULTI_CONN = 0x0100;
+export const NBD_FLAG_BLOCK_STATUS_PAYLOAD = 0x1000;
 
 export const NBD_REQUEST_MAGIC = 0x25609513;
+export const NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71;
 export const NBD_SIMPLE_REPLY_MAGIC = 0x67446698;
 export const NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef;
+export const NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c;
 
 export const NBD_CMD_READ = 0;
 export const NBD_CMD_WRITE = 1;
@@ -66,12 +71,14 @@ export const NBD_CMD_BLOCK_STATUS = 7;
 export const NBD_CMD_FLAG_FUA = 0x0001;
 export const NBD_CMD_FLAG_DF = 0x0004;
 export const NBD_CMD_FLAG_REQ_ONE = 0x0008;
+export const NBD_CMD_FLAG_PAYLOAD_LEN = 0x0020;
 
 export const NBD_REPLY_FLAG_DONE = 0x0001;
 export const NBD_REPLY_TYPE_NONE = 0;
 export const NBD_REPLY_TYPE_OFFSET_DATA = 1;
 export const NBD_REPLY_TYPE_OFFSET_HOLE = 2;
 export const NBD_REPLY_TYPE_BLOCK_STATUS = 5;
+export const NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6;
 export const NBD_REPLY_TYPE_ERROR = 0x8001;
 export const NBD_REPLY_TYPE_ERROR_OFFSET = 0x8002;
 

@@ -12,6 +12,7 @@
  * ```
  */
 import {
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD,
   NBD_FLAG_C_FIXED_NEWSTYLE,
   NBD_FLAG_C_NO_ZEROES,
   NBD_FLAG_CAN_MULTI_CONN,
@@ -25,6 +26,7 @@ import {
   NBD_INFO_NAME,
   NBD_OPT_ABORT,
   NBD_OPT_EXPORT_NAME,
+  NBD_OPT_EXTENDED_HEADERS,
   NBD_OPT_GO,
   NBD_OPT_INFO,
   NBD_OPT_LIST,
@@ -32,6 +34,7 @@ import {
   NBD_OPT_SET_META_CONTEXT,
   NBD_OPT_STRUCTURED_REPLY,
   NBD_REP_ACK,
+  NBD_REP_ERR_EXT_HEADER_REQD,
   NBD_REP_ERR_INVALID,
   NBD_REP_ERR_POLICY,
   NBD_REP_ERR_TOO_BIG,
@@ -56,7 +59,7 @@ import {
   encodeServer,
   type Option,
 } from './options.ts';
-import type { Decoded } from './wire.ts';
+import type { Decoded, HeaderStyle } from './wire.ts';
 
 /** What the server offers at the moment of a step. */
 export interface Offer {
@@ -81,7 +84,7 @@ export interface HandshakeState {
   readonly phase: 'clientFlags' | 'options' | 'over';
   readonly fixedNewstyle: boolean;
   readonly noZeroes: boolean;
-  readonly structuredReplies: boolean;
+  readonly headers: HeaderStyle;
   readonly selection: Selection | undefined;
   readonly options: number;
 }
@@ -89,7 +92,7 @@ export interface HandshakeState {
 /** What the handshake agreed on. */
 export interface Agreement {
   readonly export: Export;
-  readonly structuredReplies: boolean;
+  readonly headers: HeaderStyle;
   readonly contexts: readonly SelectedContext[];
 }
 
@@ -113,7 +116,7 @@ export const HANDSHAKE_START: HandshakeState = {
   phase: 'clientFlags',
   fixedNewstyle: false,
   noZeroes: false,
-  structuredReplies: false,
+  headers: 'simple',
   selection: undefined,
   options: 0,
 };
@@ -121,15 +124,20 @@ export const HANDSHAKE_START: HandshakeState = {
 /** The block size that reads are best aligned to: a page. Unaligned reads are served, too. */
 const PREFERRED_BLOCK_BYTES = 4096;
 
-/** The flags of an export, which are the same for all but for what was negotiated. */
-export function transmissionFlags(structuredReplies: boolean): number {
+/**
+ * The flags of an export, which are the same for all but for what was negotiated.
+ *
+ * @param asksStatus whether the client has chosen contexts, or may still do so
+ */
+export function transmissionFlags(headers: HeaderStyle, asksStatus: boolean): number {
   return (
     NBD_FLAG_HAS_FLAGS |
     NBD_FLAG_READ_ONLY |
     NBD_FLAG_SEND_FLUSH |
     NBD_FLAG_SEND_FUA |
     NBD_FLAG_CAN_MULTI_CONN |
-    (structuredReplies ? NBD_FLAG_SEND_DF : 0)
+    (headers === 'simple' ? 0 : NBD_FLAG_SEND_DF) |
+    (headers === 'extended' && asksStatus ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0)
   );
 }
 
@@ -155,15 +163,24 @@ function end(state: HandshakeState, reason: string, violation: boolean, last?: B
   };
 }
 
-function transmit(state: HandshakeState, agreed: Export, name: string, last: Buffer): Outcome {
-  const selection = state.selection;
-  // Contexts hold for the very export and name that they were selected for. An export that was
-  // replaced by another of its name in between is not the one whose contexts were chosen.
+/**
+ * The contexts that hold for the very export and name that they were selected for. An export
+ * that was replaced by another of its name in between is not the one whose contexts were chosen.
+ */
+function contextsFor(
+  { selection }: HandshakeState,
+  agreed: Export,
+  name: string,
+): readonly SelectedContext[] {
   const valid = selection?.exportName === name && selection.export === agreed;
+  return valid ? selection.contexts : [];
+}
+
+function transmit(state: HandshakeState, agreed: Export, name: string, last: Buffer): Outcome {
   const agreement: Agreement = {
     export: agreed,
-    structuredReplies: state.structuredReplies,
-    contexts: valid ? selection.contexts : [],
+    headers: state.headers,
+    contexts: contextsFor(state, agreed, name),
   };
   return {
     state: { ...state, phase: 'over' },
@@ -190,6 +207,9 @@ function onClientFlags(state: HandshakeState, flags: number): Outcome {
 }
 
 function onExportName(state: HandshakeState, data: Buffer, offer: Offer): Outcome {
+  if (state.headers === 'extended') {
+    return end(state, 'EXPORT_NAME after EXTENDED_HEADERS', true);
+  }
   const name = decodeString(data);
   const found = name.ok ? offer.find(name.value) : undefined;
   if (!name.ok || found === undefined) {
@@ -199,7 +219,7 @@ function onExportName(state: HandshakeState, data: Buffer, offer: Offer): Outcom
   if (!offer.admits) {
     return end(state, 'too many connections', false);
   }
-  const flags = transmissionFlags(state.structuredReplies);
+  const flags = transmissionFlags(state.headers, false);
   const last = encodeExportNameAnswer(found.source.sizeBytes, flags, !state.noZeroes);
   return transmit(state, found, name.value, last);
 }
@@ -227,7 +247,9 @@ function onInfo(state: HandshakeState, { option, data }: Option, offer: Offer): 
   if (option === NBD_OPT_GO && !offer.admits) {
     return reject(state, option, NBD_REP_ERR_POLICY, 'too many connections');
   }
-  const flags = transmissionFlags(state.structuredReplies);
+  // GO says it only to a client that has contexts to choose from, INFO to any.
+  const asksStatus = option === NBD_OPT_INFO || contextsFor(state, found, exportName).length > 0;
+  const flags = transmissionFlags(state.headers, asksStatus);
   const replies = [encodeInfoExport(option, found.source.sizeBytes, flags)];
   if (information.has(NBD_INFO_NAME)) {
     replies.push(encodeInfoText(option, NBD_INFO_NAME, found.name));
@@ -253,14 +275,24 @@ function onStructuredReply(state: HandshakeState, { option, data }: Option): Out
   if (data.length > 0) {
     return reject(state, option, NBD_REP_ERR_INVALID, 'STRUCTURED_REPLY takes no data');
   }
-  return answer({ ...state, structuredReplies: true }, encodeReply(option, NBD_REP_ACK));
+  if (state.headers === 'extended') {
+    return reject(state, option, NBD_REP_ERR_EXT_HEADER_REQD, 'extended headers were negotiated');
+  }
+  return answer({ ...state, headers: 'structured' }, encodeReply(option, NBD_REP_ACK));
+}
+
+function onExtendedHeaders(state: HandshakeState, { option, data }: Option): Outcome {
+  if (data.length > 0) {
+    return reject(state, option, NBD_REP_ERR_INVALID, 'EXTENDED_HEADERS takes no data');
+  }
+  return answer({ ...state, headers: 'extended' }, encodeReply(option, NBD_REP_ACK));
 }
 
 function onMetaContext(state: HandshakeState, { option, data }: Option, offer: Offer): Outcome {
   const setting = option === NBD_OPT_SET_META_CONTEXT;
   // A SET that fails in any way leaves nothing selected, and a LIST changes nothing.
   const next: HandshakeState = setting ? { ...state, selection: undefined } : state;
-  if (setting && !state.structuredReplies) {
+  if (setting && state.headers === 'simple') {
     return reject(next, option, NBD_REP_ERR_INVALID, 'structured replies were not negotiated');
   }
   const request = decodeMetaContextRequest(data, offer.limits.queries);
@@ -315,6 +347,8 @@ function onOption(before: HandshakeState, option: Option, offer: Offer): Outcome
       return onInfo(state, option, offer);
     case NBD_OPT_STRUCTURED_REPLY:
       return onStructuredReply(state, option);
+    case NBD_OPT_EXTENDED_HEADERS:
+      return onExtendedHeaders(state, option);
     case NBD_OPT_LIST_META_CONTEXT:
     case NBD_OPT_SET_META_CONTEXT:
       return onMetaContext(state, option, offer);

@@ -5,7 +5,7 @@
  */
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from './constants.ts';
 import type { ExtentMap } from './extents.ts';
-import { EXTENT_BYTES, statusChunkBytes } from './wire.ts';
+import { statusChunkBytes } from './wire.ts';
 
 /** A context that a connection has selected. */
 export interface SelectedContext {
@@ -76,6 +76,7 @@ export interface StatusRange {
  * @param lengthBytes its length, nonzero, within the export
  * @param extents most extents in the reply, at least one per context
  * @param requestOne one extent per context (NBD_CMD_FLAG_REQ_ONE)
+ * @param extended whether the reply is an extended one, with half as many extents
  */
 export function statusRange(
   contexts: readonly SelectedContext[],
@@ -83,20 +84,18 @@ export function statusRange(
   lengthBytes: number,
   extents: number,
   requestOne: boolean,
+  extended: boolean,
 ): StatusRange {
-  const share = requestOne ? 1 : Math.floor(extents / contexts.length);
+  // An extended extent takes twice the bytes: half as many fit into a reply of the same size.
+  const most = extended ? extents / 2 : extents;
+  const share = requestOne ? 1 : Math.max(1, Math.floor(most / contexts.length));
   let end = offset + lengthBytes;
   for (const { map } of contexts) {
     end = Math.min(end, map.startOf(map.indexAt(offset) + share));
   }
   let replyBytes = 0;
   for (const { map } of contexts) {
-    replyBytes += statusChunkBytes(map.indexAt(end - 1) - map.indexAt(offset) + 1);
+    replyBytes += statusChunkBytes(map.indexAt(end - 1) - map.indexAt(offset) + 1, extended);
   }
   return { offset, end, replyBytes };
-}
-
-/** Most bytes of a reply with so many extents over so many contexts. */
-export function statusReplyBytes(extents: number, contexts: number): number {
-  return extents * EXTENT_BYTES + contexts * statusChunkBytes(0);
 }

@@ -24,15 +24,20 @@ import type { Agreement } from './handshake.ts';
 import type { Limits } from './limits.ts';
 import type { Logger } from './logger.ts';
 import { statusRange } from './meta-context.ts';
-import { type RequestRules, type ValidRequest, validateRequest } from './validate.ts';
 import {
-  type Cookie,
+  type RequestRules,
+  type ValidRequest,
+  validateRequest,
+  validateStatusPayload,
+} from './validate.ts';
+import {
   decodeRequest,
   encodeErrorChunk,
   encodeNone,
   encodeOffsetHole,
   encodeSimpleReply,
-  OFFSET_DATA_HEADER_BYTES,
+  offsetDataHeaderBytes,
+  type ReplyTarget,
   type Request,
   SIMPLE_REPLY_BYTES,
   writeBlockStatus,
@@ -77,8 +82,8 @@ interface Segment {
   readonly zero: boolean;
 }
 
-/** A request in flight: its cookie, and what is counted of it. */
-interface Asked extends Cookie {
+/** A request in flight: where its reply goes, and what is counted of it. */
+interface Asked extends ReplyTarget {
   readonly kind: RequestKind;
   /** When it was parsed, on the clock of `performance.now()`. */
   readonly sinceMs: number;
@@ -128,10 +133,12 @@ export class Transmission {
   #input: Buffer = EMPTY;
   #parsing = false;
   #stalled = false;
-  /** Payload of a refused request that is still to come, and the refusal that follows it. */
+  /** Payload that is still to come and to be thrown away. */
   #skipBytes = 0;
-  #afterSkip: (() => void) | undefined;
-  #skipping: Asked | undefined;
+  /** Payload that is waited for as a whole: a few context ids. */
+  #wantedBytes = 0;
+  /** The request that the payload belongs to, and what to do with it then. */
+  #awaiting: { readonly asked: Asked; readonly go: (payload: Buffer) => void } | undefined;
   /** The peer has sent its last byte, which may not be parsed yet. */
   #ended = false;
   #inFlight = 0;
@@ -145,8 +152,8 @@ export class Transmission {
     this.#options = options;
     this.#rules = {
       sizeBytes: agreement.export.source.sizeBytes,
-      structuredReplies: agreement.structuredReplies,
-      contexts: agreement.contexts.length,
+      headers: agreement.headers,
+      contextIds: agreement.contexts.map(({ id }) => id),
       limits,
     };
     this.#allocation = agreement.export.contexts.get(BASE_ALLOCATION);
@@ -176,7 +183,7 @@ export class Transmission {
       this.#state = 'draining';
       this.#input = EMPTY;
       this.#options.outlet.receiving(true);
-      this.#dropRefusal();
+      this.#dropAwaiting();
       this.#checkFinished();
     }
   }
@@ -187,20 +194,19 @@ export class Transmission {
       this.#state = 'over';
       this.#input = EMPTY;
       this.#releaseBarred();
-      this.#dropRefusal();
+      this.#dropAwaiting();
       for (const cap of this.#options.agreement.export.bandwidth ?? []) {
         cap.leave(this);
       }
     }
   }
 
-  /** Forgets a refused request whose payload will not come any more. */
-  #dropRefusal(): void {
-    if (this.#skipping !== undefined) {
-      const dropped = this.#skipping;
-      this.#afterSkip = undefined;
-      this.#skipping = undefined;
-      this.#answered(dropped, true);
+  /** Forgets a request whose payload will not come any more. */
+  #dropAwaiting(): void {
+    if (this.#awaiting !== undefined) {
+      const { asked } = this.#awaiting;
+      this.#awaiting = undefined;
+      this.#answered(asked, true);
     }
   }
 
@@ -230,15 +236,22 @@ export class Transmission {
           break;
         }
       }
-      const refuse = this.#afterSkip;
-      this.#afterSkip = undefined;
-      this.#skipping = undefined;
-      refuse?.();
+      if (this.#input.length - at < this.#wantedBytes) {
+        break;
+      }
+      const awaiting = this.#awaiting;
+      if (awaiting !== undefined) {
+        const payload = this.#input.subarray(at, at + this.#wantedBytes);
+        at += this.#wantedBytes;
+        this.#wantedBytes = 0;
+        this.#awaiting = undefined;
+        awaiting.go(payload);
+      }
       if (this.#inFlight >= this.#options.limits.requestsInFlight) {
         this.#stalled = true;
         break;
       }
-      const decoded = decodeRequest(this.#input, at);
+      const decoded = decodeRequest(this.#input, at, this.#rules.headers === 'extended');
       if (decoded.kind === 'need') {
         break;
       }
@@ -271,23 +284,39 @@ export class Transmission {
       this.drain();
       return;
     }
+    if (valid.kind === 'violation') {
+      this.#break(valid.reason, true);
+      return;
+    }
     const asked: Asked = {
-      ...request.cookie,
+      cookie: request.cookie,
+      echoedOffset: request.echoedOffset,
       kind: kindOf(request.type),
       sinceMs: performance.now(),
     };
     this.#inFlight += 1;
     if (valid.kind === 'refuse' && valid.payloadBytes > 0) {
       this.#skipBytes = valid.payloadBytes;
-      this.#skipping = asked;
-      this.#afterSkip = () => this.#refuse(asked, valid.error, valid.message);
-      return;
+      this.#awaiting = { asked, go: () => this.#refuse(asked, valid.error, valid.message) };
+    } else if (valid.kind === 'statusPayload') {
+      this.#wantedBytes = valid.payloadBytes;
+      this.#awaiting = {
+        asked,
+        go: (payload) => {
+          this.#carryOut(asked, validateStatusPayload(request, payload, this.#rules));
+        },
+      };
+    } else {
+      this.#carryOut(asked, valid);
     }
-    this.#carryOut(asked, valid);
   }
 
-  #carryOut(asked: Asked, valid: Exclude<ValidRequest, { kind: 'disconnect' }>): void {
+  #carryOut(asked: Asked, valid: ValidRequest): void {
     switch (valid.kind) {
+      case 'disconnect':
+      case 'violation':
+      case 'statusPayload':
+        throw new Error(`${valid.kind} is no request to be carried out`);
       case 'refuse':
         this.#refuse(asked, valid.error, valid.message);
         return;
@@ -392,27 +421,29 @@ export class Transmission {
   }
 
   #acknowledge(asked: Asked): void {
-    const reply = this.#rules.structuredReplies
-      ? encodeNone(asked, NBD_REPLY_FLAG_DONE)
-      : encodeSimpleReply(asked, 0);
+    const reply =
+      this.#rules.headers !== 'simple'
+        ? encodeNone(asked, NBD_REPLY_FLAG_DONE)
+        : encodeSimpleReply(asked, 0);
     this.#send(reply, () => this.#answered(asked, false));
   }
 
   #refuse(asked: Asked, error: NbdError, message: string, offset?: number): void {
-    const reply = this.#rules.structuredReplies
-      ? encodeErrorChunk(asked, NBD_REPLY_FLAG_DONE, error, message, offset)
-      : encodeSimpleReply(asked, error);
+    const reply =
+      this.#rules.headers !== 'simple'
+        ? encodeErrorChunk(asked, NBD_REPLY_FLAG_DONE, error, message, offset)
+        : encodeSimpleReply(asked, error);
     this.#send(reply, () => this.#answered(asked, true));
   }
 
   async #read(asked: Asked, request: ReadRequest): Promise<void> {
     const { offset, length, dontFragment } = request;
-    const { structuredReplies, limits } = this.#rules;
+    const { headers, limits } = this.#rules;
     if (length === 0) {
       this.#acknowledge(asked);
-    } else if (!structuredReplies && length > limits.pieceBytes) {
+    } else if (headers === 'simple' && length > limits.pieceBytes) {
       await this.#readLongSimple(asked, offset, length);
-    } else if (!structuredReplies || dontFragment || this.#allocation === undefined) {
+    } else if (headers === 'simple' || dontFragment || this.#allocation === undefined) {
       await this.#readSegments(asked, [{ start: offset, end: offset + length, zero: false }]);
     } else {
       await this.#readSegments(asked, segments(this.#allocation, offset, length));
@@ -471,8 +502,9 @@ export class Transmission {
   /** Reads and sends `[start, end)` in pieces. Returns whether the reply goes on. */
   async #sendData(asked: Asked, start: number, end: number, isLast: boolean): Promise<boolean> {
     const { budget, pool, limits } = this.#options;
-    const { structuredReplies } = this.#rules;
-    const headerBytes = structuredReplies ? OFFSET_DATA_HEADER_BYTES : SIMPLE_REPLY_BYTES;
+    const { headers } = this.#rules;
+    const headerBytes =
+      headers === 'simple' ? SIMPLE_REPLY_BYTES : offsetDataHeaderBytes(headers === 'extended');
     for (let position = start; position < end; ) {
       const length = Math.min(limits.pieceBytes, end - position);
       if (this.#paced) {
@@ -495,10 +527,10 @@ export class Transmission {
         return false;
       }
       const ends = isLast && position + length === end;
-      if (structuredReplies) {
-        writeOffsetData(chunk, asked, ends ? NBD_REPLY_FLAG_DONE : 0, position, length);
-      } else {
+      if (headers === 'simple') {
         writeSimpleReply(chunk, asked, 0);
+      } else {
+        writeOffsetData(chunk, asked, ends ? NBD_REPLY_FLAG_DONE : 0, position, length);
       }
       this.#send(chunk, () => {
         release();
@@ -577,9 +609,11 @@ export class Transmission {
 
   async #status(asked: Asked, request: StatusRequest): Promise<void> {
     const { agreement, budget, limits, hasFailed } = this.#options;
-    const { contexts } = agreement;
-    const { offset, length, requestOne } = request;
-    const range = statusRange(contexts, offset, length, limits.statusExtents, requestOne);
+    const { offset, length, requestOne, contextIds } = request;
+    const contexts = agreement.contexts.filter(({ id }) => contextIds.includes(id));
+    const extended = this.#rules.headers === 'extended';
+    const most = limits.statusExtents;
+    const range = statusRange(contexts, offset, length, most, requestOne, extended);
     if (!budget.tryTake(range.replyBytes)) {
       await budget.take(range.replyBytes);
     }
@@ -592,7 +626,7 @@ export class Transmission {
     let at = 0;
     for (const [index, { id, map }] of contexts.entries()) {
       const flags = index === contexts.length - 1 ? NBD_REPLY_FLAG_DONE : 0;
-      at = writeBlockStatus(reply, at, { cookie: asked, flags, contextId: id }, map, range);
+      at = writeBlockStatus(reply, at, asked, { flags, contextId: id }, map, range);
     }
     this.#send(reply, () => {
       budget.give(range.replyBytes);

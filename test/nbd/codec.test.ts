@@ -20,17 +20,22 @@ import {
 import { BEYOND_ALL_BYTES, bytesFromWire, bytesToWire } from '../../nbd/units.ts';
 import {
   decodeRequest,
+  decodeStatusPayload,
   encodeErrorChunk,
   encodeGreeting,
   encodeNone,
   encodeOffsetHole,
   encodeSimpleReply,
+  offsetDataHeaderBytes,
   statusChunkBytes,
+  statusPayloadBytes,
   writeBlockStatus,
   writeOffsetData,
 } from '../../nbd/wire.ts';
 
 const cookie = { high: 0x01020304, low: 0x05060708 };
+const to = { cookie, echoedOffset: undefined };
+const extended = { cookie, echoedOffset: { high: 0x00000011, low: 0x22334400 } };
 const hex = (text: string): Buffer => Buffer.from(text.replaceAll(/\s/g, ''), 'hex');
 
 test('golden: greeting', (t) => {
@@ -38,49 +43,105 @@ test('golden: greeting', (t) => {
 });
 
 test('golden: simple reply', (t) => {
-  t.deepEqual(encodeSimpleReply(cookie, 22), hex('67446698 00000016 0102030405060708'));
+  t.deepEqual(encodeSimpleReply(to, 22), hex('67446698 00000016 0102030405060708'));
 });
 
 test('golden: NONE chunk', (t) => {
-  t.deepEqual(encodeNone(cookie, 1), hex('668e33ef 0001 0000 0102030405060708 00000000'));
+  t.deepEqual(encodeNone(to, 1), hex('668e33ef 0001 0000 0102030405060708 00000000'));
 });
 
 test('golden: OFFSET_DATA header', (t) => {
   const output = Buffer.alloc(28);
-  writeOffsetData(output, cookie, 0, 0x1122334455, 4096);
+  writeOffsetData(output, to, 0, 0x1122334455, 4096);
   t.deepEqual(output, hex('668e33ef 0000 0001 0102030405060708 00001008 0000001122334455'));
 });
 
 test('golden: OFFSET_HOLE chunk', (t) => {
   t.deepEqual(
-    encodeOffsetHole(cookie, 1, 0x1_0000_0000, 0xffffffff),
+    encodeOffsetHole(to, 1, 0x1_0000_0000, 0xffffffff),
     hex('668e33ef 0001 0002 0102030405060708 0000000c 0000000100000000 ffffffff'),
   );
 });
 
 test('golden: ERROR chunk', (t) => {
   t.deepEqual(
-    encodeErrorChunk(cookie, 1, 22, 'no'),
+    encodeErrorChunk(to, 1, 22, 'no'),
     hex('668e33ef 0001 8001 0102030405060708 00000008 00000016 0002 6e6f'),
   );
 });
 
 test('golden: ERROR_OFFSET chunk', (t) => {
   t.deepEqual(
-    encodeErrorChunk(cookie, 1, 5, 'no', 512),
+    encodeErrorChunk(to, 1, 5, 'no', 512),
     hex('668e33ef 0001 8002 0102030405060708 00000010 00000005 0002 6e6f 0000000000000200'),
   );
 });
 
 test('golden: BLOCK_STATUS chunk', (t) => {
   const map = ExtentMap.fromRanges(100, [{ offset: 20, length: 30 }], 3, 0);
-  const output = Buffer.alloc(statusChunkBytes(3));
-  const chunk = { cookie, flags: 1, contextId: 7 };
-  t.is(writeBlockStatus(output, 0, chunk, map, { offset: 10, end: 60 }), output.length);
+  const output = Buffer.alloc(statusChunkBytes(3, false));
+  const chunk = { flags: 1, contextId: 7 };
+  t.is(writeBlockStatus(output, 0, to, chunk, map, { offset: 10, end: 60 }), output.length);
   t.deepEqual(
     output,
     hex(`668e33ef 0001 0005 0102030405060708 0000001c 00000007
          0000000a 00000000  0000001e 00000003  0000000a 00000000`),
+  );
+});
+
+test('golden: extended NONE chunk', (t) => {
+  t.deepEqual(
+    encodeNone(extended, 1),
+    hex('6e8a278c 0001 0000 0102030405060708 0000001122334400 0000000000000000'),
+  );
+});
+
+test('golden: extended OFFSET_DATA header, which repeats the offset of the request', (t) => {
+  const output = Buffer.alloc(40);
+  t.is(offsetDataHeaderBytes(true), output.length);
+  writeOffsetData(output, extended, 0, 0x1122334455, 4096);
+  t.deepEqual(
+    output,
+    hex(`6e8a278c 0000 0001 0102030405060708 0000001122334400 0000000000001008
+         0000001122334455`),
+  );
+});
+
+test('golden: extended OFFSET_HOLE chunk', (t) => {
+  t.deepEqual(
+    encodeOffsetHole(extended, 1, 0x1_0000_0000, 0xffffffff),
+    hex(`6e8a278c 0001 0002 0102030405060708 0000001122334400 000000000000000c
+         0000000100000000 ffffffff`),
+  );
+});
+
+test('golden: extended ERROR and ERROR_OFFSET chunks, whatever the offset of the request', (t) => {
+  const echoedOffset = { high: 0xffffffff, low: 0xfffffffe };
+  t.deepEqual(
+    encodeErrorChunk({ cookie, echoedOffset }, 1, 22, 'no'),
+    hex(`6e8a278c 0001 8001 0102030405060708 fffffffffffffffe 0000000000000008
+         00000016 0002 6e6f`),
+  );
+  t.deepEqual(
+    encodeErrorChunk(extended, 1, 5, 'no', 512),
+    hex(`6e8a278c 0001 8002 0102030405060708 0000001122334400 0000000000000010
+         00000005 0002 6e6f 0000000000000200`),
+  );
+});
+
+test('golden: BLOCK_STATUS_EXT chunk, with extents above 4 GiB', (t) => {
+  const size = 2 ** 41;
+  const map = ExtentMap.fromRanges(size, [{ offset: 2 ** 40, length: 512 }], 3, 0);
+  const output = Buffer.alloc(statusChunkBytes(3, true));
+  const chunk = { flags: 1, contextId: 7 };
+  const range = { offset: 0, end: size };
+  t.is(writeBlockStatus(output, 0, extended, chunk, map, range), output.length);
+  t.deepEqual(
+    output,
+    hex(`6e8a278c 0001 0006 0102030405060708 0000001122334400 0000000000000038
+         00000007 00000003
+         0000010000000000 0000000000000000  0000000000000200 0000000000000003
+         000000fffffffe00 0000000000000000`),
   );
 });
 
@@ -138,18 +199,18 @@ test('golden: answer to EXPORT_NAME, with and without zeroes', (t) => {
 const REQUEST = hex('25609513 0004 0000 0102030405060708 0000001122334455 00001000');
 
 test('golden: request', (t) => {
-  t.deepEqual(decodeRequest(REQUEST, 0), {
+  t.deepEqual(decodeRequest(REQUEST, 0, false), {
     kind: 'value',
     bytes: 28,
-    value: { flags: 4, type: 0, cookie, offset: 0x1122334455, length: 4096 },
+    value: { ...to, flags: 4, type: 0, offset: 0x1122334455, length: 4096 },
   });
   const shifted = Buffer.concat([hex('ffff'), REQUEST]);
-  t.deepEqual(decodeRequest(shifted, 2), decodeRequest(REQUEST, 0));
+  t.deepEqual(decodeRequest(shifted, 2, false), decodeRequest(REQUEST, 0, false));
 });
 
 test('a request cut off anywhere needs more', (t) => {
   for (let bytes = 0; bytes < REQUEST.length; bytes += 1) {
-    const decoded = decodeRequest(REQUEST.subarray(0, bytes), 0);
+    const decoded = decodeRequest(REQUEST.subarray(0, bytes), 0, false);
     t.is(decoded.kind, 'need');
     t.true(decoded.kind === 'need' && decoded.bytes > bytes && decoded.bytes <= 28);
   }
@@ -159,8 +220,44 @@ test('a wrong request magic is known from its four bytes', (t) => {
   const wrong = Buffer.from(REQUEST);
   wrong[3] = 0;
   for (let bytes = 4; bytes <= wrong.length; bytes += 1) {
-    t.is(decodeRequest(wrong.subarray(0, bytes), 0).kind, 'violation');
+    t.is(decodeRequest(wrong.subarray(0, bytes), 0, false).kind, 'violation');
   }
+});
+
+const EXTENDED_REQUEST = hex(
+  '21e41c71 0020 0007 0102030405060708 0000001122334400 0000000500000000',
+);
+
+test('golden: extended request', (t) => {
+  t.deepEqual(decodeRequest(EXTENDED_REQUEST, 0, true), {
+    kind: 'value',
+    bytes: 32,
+    value: { ...extended, flags: 0x20, type: 7, offset: 0x1122334400, length: 0x500000000 },
+  });
+  for (let bytes = 0; bytes < EXTENDED_REQUEST.length; bytes += 1) {
+    const decoded = decodeRequest(EXTENDED_REQUEST.subarray(0, bytes), 0, true);
+    t.is(decoded.kind, 'need');
+    t.true(decoded.kind === 'need' && decoded.bytes > bytes && decoded.bytes <= 32);
+  }
+});
+
+test('compact and extended requests are never taken for each other', (t) => {
+  t.is(decodeRequest(REQUEST, 0, true).kind, 'violation');
+  t.is(decodeRequest(EXTENDED_REQUEST, 0, false).kind, 'violation');
+});
+
+test('a 64-bit length that is no safe integer is beyond every export', (t) => {
+  for (const length of ['0020000000000000', 'ffffffffffffffff']) {
+    const input = Buffer.concat([EXTENDED_REQUEST.subarray(0, 24), hex(length)]);
+    const decoded = decodeRequest(input, 0, true);
+    t.is(decoded.kind === 'value' ? decoded.value.length : 0, BEYOND_ALL_BYTES);
+  }
+});
+
+test('golden: payload of BLOCK_STATUS', (t) => {
+  const payload = hex('0000000500000000 00000007 00000001');
+  t.is(statusPayloadBytes(2), payload.length);
+  t.deepEqual(decodeStatusPayload(payload), { length: 0x500000000, contextIds: [7, 1] });
 });
 
 test('an offset that is no safe integer is beyond every export', (t) => {
@@ -285,7 +382,8 @@ test('decoding is total: arbitrary bytes throw nothing', (t) => {
       const input = Buffer.from(bytes);
       decodeClientFlags(input);
       decodeOption(input, 64);
-      decodeRequest(input, 0);
+      decodeRequest(input, 0, false);
+      decodeRequest(input, 0, true);
       decodeInfoRequest(input);
       decodeMetaContextRequest(input, 8);
       decodeString(input);

@@ -166,7 +166,7 @@ test('an answer is within the question, makes progress, and keeps to the limit',
   fc.assert(
     fc.property(twoMaps, question, fc.integer({ min: 2, max: 9 }), (maps, asked, limit) => {
       const { offset, length } = asked;
-      const range = statusRange(contextsOf(maps), offset, length, limit, false);
+      const range = statusRange(contextsOf(maps), offset, length, limit, false, false);
       t.is(range.offset, offset);
       t.true(range.end > offset && range.end <= offset + length);
       const counts = maps.map((map) => [...map.runs(offset, range.end)].length);
@@ -187,7 +187,7 @@ test('answers put together are the map, however the question was cut and limited
       let position = 0;
       for (let turn = 0; position < SIZE; turn += 1) {
         const length = Math.min(lengths[turn % lengths.length] ?? 1, SIZE - position);
-        const { end } = statusRange(contextsOf(maps), position, length, limit, false);
+        const { end } = statusRange(contextsOf(maps), position, length, limit, false, false);
         for (const [index, map] of maps.entries()) {
           answers[index]?.push(...spread(map, position, end));
         }
@@ -204,7 +204,7 @@ test('answers put together are the map, however the question was cut and limited
 test('REQ_ONE gives exactly one extent per context, all of one length', (t) => {
   fc.assert(
     fc.property(twoMaps, question, (maps, { offset, length }) => {
-      const range = statusRange(contextsOf(maps), offset, length, 1000, true);
+      const range = statusRange(contextsOf(maps), offset, length, 1000, true, false);
       for (const map of maps) {
         t.is([...map.runs(offset, range.end)].length, 1);
       }

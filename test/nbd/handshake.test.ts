@@ -53,7 +53,7 @@ const OPTIONS: HandshakeState = {
   fixedNewstyle: true,
   noZeroes: true,
 };
-const STRUCTURED: HandshakeState = { ...OPTIONS, structuredReplies: true };
+const STRUCTURED: HandshakeState = { ...OPTIONS, headers: 'structured' };
 
 /** The replies of a step that sends once. */
 function replies(step: HandshakeStep): OptionReply[] {
@@ -120,7 +120,7 @@ test('EXPORT_NAME leads to transmission, with zeroes unless both agreed', (t) =>
     const step = stepHandshake({ ...OPTIONS, noZeroes }, input, offer);
     t.like(step.effects[0], { kind: 'send' });
     t.is(step.effects[0]?.kind === 'send' ? step.effects[0].bytes.length : 0, bytes);
-    t.like(step.effects[1], { kind: 'transmit', agreement: { structuredReplies: false } });
+    t.like(step.effects[1], { kind: 'transmit', agreement: { headers: 'simple' } });
     t.is(step.state.phase, 'over');
   }
 });
@@ -230,7 +230,7 @@ test('INFO changes nothing, GO leads to transmission', (t) => {
   t.is(info.state.phase, 'options');
   const go = stepHandshake(STRUCTURED, option(OPT.go, infoData('disk')), offer);
   t.is(go.state.phase, 'over');
-  t.like(go.effects[1], { kind: 'transmit', agreement: { structuredReplies: true } });
+  t.like(go.effects[1], { kind: 'transmit', agreement: { headers: 'structured' } });
 });
 
 test('GO beyond the cap of connections is refused, INFO is not', (t) => {
@@ -247,15 +247,15 @@ test('GO beyond the cap of connections is refused, INFO is not', (t) => {
 test('STRUCTURED_REPLY is acknowledged, again when repeated, and takes no data', (t) => {
   const step = stepHandshake(OPTIONS, option(OPT.structuredReply), offer);
   t.deepEqual(types(step), [REP.ack]);
-  t.true(step.state.structuredReplies);
+  t.is(step.state.headers, 'structured');
   t.deepEqual(types(stepHandshake(step.state, option(OPT.structuredReply), offer)), [REP.ack]);
   const bad = stepHandshake(OPTIONS, option(OPT.structuredReply, Buffer.from('x')), offer);
   t.deepEqual(types(bad), [REP.errInvalid]);
-  t.false(bad.state.structuredReplies);
+  t.is(bad.state.headers, 'simple');
 });
 
-test('STARTTLS, EXTENDED_HEADERS and all unknown options are unsupported, whatever their data', (t) => {
-  for (const number of [0, OPT.peekExport, OPT.startTls, OPT.extendedHeaders, 12, 0xffffffff]) {
+test('STARTTLS and all unknown options are unsupported, whatever their data', (t) => {
+  for (const number of [0, OPT.peekExport, OPT.startTls, 12, 0xffffffff]) {
     for (const data of [Buffer.alloc(0), Buffer.alloc(65_536, 0xff)]) {
       const step = stepHandshake(OPTIONS, option(number, data), offer);
       t.deepEqual(types(step), [REP.errUnsup]);
@@ -263,6 +263,52 @@ test('STARTTLS, EXTENDED_HEADERS and all unknown options are unsupported, whatev
       t.is(step.state.phase, 'options');
     }
   }
+});
+
+const EXTENDED: HandshakeState = { ...OPTIONS, headers: 'extended' };
+
+test('EXTENDED_HEADERS: acknowledged without or after structured replies, and takes no data', (t) => {
+  for (const before of [OPTIONS, STRUCTURED, EXTENDED]) {
+    const step = stepHandshake(before, option(OPT.extendedHeaders), offer);
+    t.deepEqual(types(step), [REP.ack]);
+    t.is(step.state.headers, 'extended');
+    const bad = stepHandshake(before, option(OPT.extendedHeaders, Buffer.from('x')), offer);
+    t.deepEqual(types(bad), [REP.errInvalid]);
+    t.is(bad.state.headers, before.headers);
+  }
+});
+
+test('STRUCTURED_REPLY after EXTENDED_HEADERS: ERR_EXT_HEADER_REQD, extended headers stay', (t) => {
+  const step = stepHandshake(EXTENDED, option(OPT.structuredReply), offer);
+  t.deepEqual(types(step), [REP.errExtHeaderReqd]);
+  t.is(step.state.headers, 'extended');
+});
+
+test('EXPORT_NAME after EXTENDED_HEADERS: closed', (t) => {
+  const step = stepHandshake(EXTENDED, option(OPT.exportName, Buffer.from('disk')), offer);
+  t.like(step.effects, [{ kind: 'close', violation: true }]);
+  t.is(step.effects.length, 1);
+});
+
+test('meta contexts may be set after extended headers alone, and stay when they come later', (t) => {
+  const selected = set(EXTENDED, 'disk', 'base:allocation');
+  t.deepEqual(types(selected), [REP.metaContext, REP.ack]);
+  const before = set(STRUCTURED, 'disk', 'base:allocation').state;
+  const { state } = stepHandshake(before, option(OPT.extendedHeaders), offer);
+  t.is(state.selection?.contexts.length, 1);
+});
+
+test('BLOCK_STATUS_PAYLOAD: in INFO after extended headers, in GO if contexts were set, else never', (t) => {
+  const flagsOf = (state: HandshakeState, number: number, name = 'disk'): number | undefined => {
+    const [info] = replies(stepHandshake(state, option(number, infoData(name)), offer));
+    return info?.data.readUInt16BE(10);
+  };
+  const chosen = set(EXTENDED, 'disk', 'base:allocation').state;
+  t.is(flagsOf(EXTENDED, OPT.info), 0x118f);
+  t.is(flagsOf(EXTENDED, OPT.go), 0x018f);
+  t.is(flagsOf(chosen, OPT.go), 0x118f);
+  t.is(flagsOf(chosen, OPT.go, 'other'), 0x018f);
+  t.is(flagsOf(set(STRUCTURED, 'disk', 'base:allocation').state, OPT.go), 0x018f);
 });
 
 // ---- contexts

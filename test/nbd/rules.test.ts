@@ -94,18 +94,17 @@ test('unknown option, any data: ERR_UNSUP, the data is skipped, in step', async 
   await raw.expectAck(OPT.list);
 });
 
-test('STARTTLS and EXTENDED_HEADERS: ERR_UNSUP, in step', async (t) => {
+test('STARTTLS: ERR_UNSUP, in step', async (t) => {
   const raw = await (await served(t)).connect();
   await raw.open();
-  for (const number of [OPT.startTls, OPT.extendedHeaders]) {
-    t.is((await raw.haggle(number))[0]?.type, REP.errUnsup);
-  }
+  t.is((await raw.haggle(OPT.startTls))[0]?.type, REP.errUnsup);
   await raw.expectAck(OPT.go, infoData('disk'));
   await raw.expectInStep(false);
 });
 
 test('malformed INFO, GO and meta options, trailing bytes: ERR_INVALID, in step', async (t) => {
-  const raw = await (await served(t)).connect();
+  // Some two hundred options: on a machine that is busy they may take longer than a handshake may.
+  const raw = await (await served(t, { limits: { handshakeMs: 60_000 } })).connect();
   await raw.open();
   await raw.expectAck(OPT.structuredReply);
   const cut = (data: Buffer): Buffer[] => [

@@ -257,6 +257,20 @@ export function request(options: RawRequest): Buffer {
   );
 }
 
+/** An extended request. */
+export function extendedRequest(
+  options: Omit<RawRequest, 'length'> & { length?: number | bigint },
+): Buffer {
+  return be(
+    [32, options.magic ?? 0x21e41c71],
+    [16, options.flags ?? 0],
+    [16, options.type],
+    [64, options.cookie ?? 1n],
+    [64, options.offset ?? 0],
+    [64, options.length ?? 0],
+  );
+}
+
 export interface OptionReply {
   option: number;
   type: number;
@@ -294,6 +308,7 @@ export const REP = {
   errInvalid: 0x80000003,
   errUnknown: 0x80000006,
   errTooBig: 0x80000009,
+  errExtHeaderReqd: 0x8000000a,
 } as const;
 
 export const CMD = {
@@ -312,6 +327,7 @@ export const CHUNK = {
   data: 1,
   hole: 2,
   status: 5,
+  statusExt: 6,
   error: 0x8001,
   errorOffset: 0x8002,
 } as const;
@@ -478,6 +494,36 @@ export class RawClient {
       cookie: header.readBigUInt64BE(8),
       payload,
     };
+  }
+
+  /** A chunk of an extended reply; `offset` is what it repeats of its request. */
+  async extendedChunk(): Promise<Chunk & { offset: bigint }> {
+    const header = await this.read(32);
+    if (header.readUInt32BE(0) !== 0x6e8a278c) {
+      throw new Error(`extended chunk: ${header.toString('hex')}`);
+    }
+    const payload = await this.read(Number(header.readBigUInt64BE(24)));
+    return {
+      flags: header.readUInt16BE(4),
+      type: header.readUInt16BE(6),
+      cookie: header.readBigUInt64BE(8),
+      offset: header.readBigUInt64BE(16),
+      payload,
+    };
+  }
+
+  /** The chunks of one extended reply, all of which must repeat the request's offset. */
+  async extendedReply(offset: number | bigint = 0): Promise<Chunk[]> {
+    const chunks: Chunk[] = [];
+    for (let done = false; !done; ) {
+      const chunk = await this.extendedChunk();
+      if (chunk.offset !== BigInt(offset)) {
+        throw new Error(`reply to offset ${chunk.offset}, not ${offset}`);
+      }
+      chunks.push(chunk);
+      done = (chunk.flags & 1) !== 0;
+    }
+    return chunks;
   }
 
   /** The chunks of one reply, up to the one that is flagged as last. */
