@@ -211,11 +211,11 @@ const engines = [
   { what: 'pwrite', args: '--ioengine=psync' },
   { what: 'pwritev2 with NOWAIT', args: '--ioengine=pvsync2 --nowait=1' },
   { what: 'libaio', args: '--ioengine=libaio --iodepth=16' },
-  { what: 'libaio with NOWAIT', args: '--ioengine=libaio --iodepth=16 --nowait=1' },
+  { what: 'libaio with NOWAIT', args: '--ioengine=libaio --iodepth=4 --nowait=1' },
   { what: 'io_uring', args: '--ioengine=io_uring --iodepth=16' },
   {
     what: 'io_uring with NOWAIT, fixed buffers and a polling kernel thread',
-    args: '--ioengine=io_uring --iodepth=16 --nowait=1 --fixedbufs=1 --sqthread_poll=1',
+    args: '--ioengine=io_uring --iodepth=4 --nowait=1 --fixedbufs=1 --sqthread_poll=1',
   },
   { what: 'io_uring, polled', args: '--ioengine=io_uring --iodepth=8 --hipri=1', polled: true },
   { what: 'pwritev2, polled', args: '--ioengine=pvsync2 --hipri=1', polled: true },
