@@ -169,7 +169,8 @@ hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
 		if (t->disk != disk || t->id <= after)
 			continue;
 		map = rcu_dereference_raw(t->map);
-		if (!stb_tracker_range(t, map->nr_sect, bio, &r))
+		if (!stb_tracker_range(t, map->nr_sect, bio, &r) ||
+		    stb_tracker_has_counted(t, bio))
 			continue;
 		this_cpu_inc(t->figures->writes);
 		if (hook_hold(t, bio, r, own))

@@ -97,6 +97,35 @@ static void counted_end_io(struct bio *bio)
 }
 
 /**
+ * stb_tracker_has_counted() - has a write passed this tracker before?
+ * @t: tracker
+ * @bio: write
+ *
+ * The block layer splits what is too long for a queue and sends the rest, which
+ * is the same bio, through submit_bio_noacct() again (before 7.2); a throttled
+ * bio comes twice on 5.10. The gate waits for its completion, so it must not
+ * be held; what copy-on-write had to preserve beneath it has been preserved.
+ *
+ * Context: any.
+ */
+bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio)
+{
+	bio_end_io_t *end_io = bio->bi_end_io;
+	void *private = bio->bi_private;
+
+	/* The trackers of a chain have wrapped it one after the other. */
+	while (end_io == counted_end_io) {
+		struct stb_counted *c = private;
+
+		if (c->t == t)
+			return true;
+		end_io = c->end_io;
+		private = c->private;
+	}
+	return false;
+}
+
+/**
  * stb_tracker_count() - know when a write that is passed on has completed
  * @t: tracker
  * @bio: write that it passes on

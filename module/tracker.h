@@ -111,6 +111,7 @@ void stb_tracker_put(struct stb_tracker *t);
 
 void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 			  struct stb_cow *cow);
+bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio);
 void stb_tracker_count(struct stb_tracker *t, struct bio *bio);
 bool stb_tracker_settle(struct stb_tracker *t);
 int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline);
