@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds module/ out of tree for one stock kernel in the cache, warnings as
+# Builds module/ out of tree for one kernel in the cache, warnings as
 # errors: build/module-KERNEL/stillblock.ko. Silent unless it fails; does
 # nothing when no source is newer.
 #
@@ -9,6 +9,7 @@
 # STILLBLOCK_MODULE_SOURCES and STILLBLOCK_MODULE_OUTPUT name another source
 # and output folder (default: module/ and build/module-KERNEL/).
 . "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/toolchain.sh"
 
 [ $# -ge 1 ] || die "usage: scripts/build-module.sh KERNEL [make arguments]"
 kernel=$1
@@ -27,7 +28,7 @@ exec {build_fd}>"$output/.lock"
 flock "$build_fd"
 
 # What the module was built from and how; another answer means a new build.
-inputs="$release $* $sources"
+inputs="$release $(cat "$tree/inputs" 2>/dev/null || true) $* $sources"
 object=$(sed -n 's/^obj-m *[:+]*= *\([a-z_]*\)\.o.*/\1.ko/p' "$sources/Kbuild" | head -n1)
 if [ "$(cat "$output/.inputs" 2>/dev/null)" = "$inputs" ] && [ -e "$output/$object" ] &&
     [ -z "$(find "$sources" -newer "$output/.built" -print -quit 2>/dev/null || echo missing)" ]; then
@@ -46,32 +47,13 @@ done
     ln -s "$sources/${file#./}" "$output/$file"
 done
 
-# in_toolchain ROOT COMMAND...: runs it in the small Debian at ROOT, with the
-# folders that a build uses at their own places. The mounts end with the command.
-in_toolchain() {
-    local root=$1
-    shift
-    # shellcheck disable=SC2016  # for the inner shell
-    unshare --mount --propagation private bash -c '
-        set -e
-        root=$1; shift
-        while [ "$1" != -- ]; do
-            mkdir -p "$root$1"
-            mount --bind "$1" "$root$1"
-            shift
-        done
-        shift
-        mount -t proc proc "$root/proc"
-        exec chroot "$root" "$@"' - "$root" "$cache/kernels" "$sources" "$output" -- "$@"
-}
-
 arguments=(-C "$headers" "M=$output" KCFLAGS=-Werror)
 case $kernel in
-7.2) build=(in_toolchain "$cache/toolchains/sid" make) ;;
+7.2) build=(in_toolchain sid "$cache/kernels:ro" "$sources:ro" "$output" -- make) ;;
 *) build=(make CC=gcc-12) ;;
 esac
-# Debian ships no vmlinux with the headers, from which BTF would be made.
-grep -q '^CONFIG_DEBUG_INFO_BTF_MODULES=y' "$headers/.config" && arguments+=(CONFIG_DEBUG_INFO_BTF_MODULES=)
+# Nobody needs types for BPF in it, whose making needs pahole.
+arguments+=(CONFIG_DEBUG_INFO_BTF_MODULES=)
 # Another set of checks has to look at every file again.
 [ "$(cat "$output/.inputs" 2>/dev/null)" = "$inputs" ] || find "$output" -name '*.o' -delete
 if ! "${build[@]}" "${arguments[@]}" "$@" modules >"$output/.log" 2>&1; then

@@ -8,8 +8,9 @@ export LC_ALL=C
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Everything that is fetched or expensive, shared by all checkouts of a user.
 cache=${STILLBLOCK_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/stillblock}
-# The stock kernels that the module is built for and tested on.
-kernels='5.10 6.1 6.12 7.2'
+# The kernels that the module is built for and tested on: stock ones, and one
+# with checkers (scripts/debug-kernel.sh).
+kernels='5.10 6.1 6.12 7.2 debug'
 # shellcheck disable=SC2034  # read by the scripts that source this file
 readonly checkout cache kernels
 

@@ -4,13 +4,16 @@
 # and never installed: $cache/kernels/NAME holds boot/, lib/ and usr/ of the
 # packages and `release`, the kernel's release string.
 #
-#   scripts/kernels.sh [5.10|6.1|6.12|7.2]...      (default: all)
+#   scripts/kernels.sh [5.10|6.1|6.12|7.2|debug]...      (default: all)
+#
+# `debug` is built rather than fetched: see scripts/debug-kernel.sh.
 #
 # A kernel that is there already needs no network. One that this machine's
 # compiler cannot build modules for brings a toolchain with it, a small Debian
 # of its release in $cache/toolchains; that needs root.
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/archive.sh"
+. "$(dirname "$0")/toolchain.sh"
 
 # depends_on PACKAGE PATTERN: the dependency of PACKAGE's candidate that matches.
 depends_on() {
@@ -65,33 +68,11 @@ unpack() {
     printf '%s\n' "$final" >"$tree/location"
 }
 
-# toolchain SUITE: makes $cache/toolchains/SUITE exist.
-toolchain() {
-    local suite=$1 root=$cache/toolchains/$1 line uri keyring codename
-    [ ! -e "$root/complete" ] || return 0
-    [ "$(id -u)" = 0 ] || die "the toolchain of $suite needs root: run scripts/kernels.sh with sudo and the same STILLBLOCK_CACHE"
-    command -v debootstrap >/dev/null || die 'debootstrap is missing: apt-get install debootstrap'
-    # shellcheck source=/dev/null
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    line=$(source_for "$suite" "$codename") || die "no Debian archive in /etc/apt/sources.list* to take $suite from"
-    keyring=$(sed -n 's/.*signed-by=\([^] ]*\).*/\1/p' <<<"$line")
-    uri=$(sed 's/^deb \[[^]]*\] \([^ ]*\) .*/\1/' <<<"$line")
-    say "toolchain of $suite: fetching from Debian"
-    rm -rf "$root"
-    mkdir -p "$root"
-    debootstrap --variant=minbase --keyring="$keyring" --include=gcc,make,libc6-dev,libelf1t64,binutils,bc \
-        "$suite" "$root" "$uri" >"$root.log" 2>&1 ||
-        die "cannot get the toolchain of $suite: $(tail -n1 "$root.log")"
-    rm -rf "$root"/var/cache/apt/archives/*.deb "$root.log"
-    touch "$root/complete"
-}
-
 # one NAME: makes $cache/kernels/NAME exist.
 one() {
     local name=$1 release='' codename
-    need_kernel "$name"
     final=$cache/kernels/$name
-    case $name in 7.2) toolchain sid ;; esac
+    case $name in 7.2) toolchain sid sid gcc,make,libc6-dev,libelf1t64,binutils,bc,sparse ;; esac
     # Headers name their own place: a cache that was moved is unpacked anew.
     [ "$(cat "$final/location" 2>/dev/null)" != "$final" ] || return 0
     # shellcheck source=/dev/null
@@ -115,6 +96,16 @@ one() {
 
 mkdir -p "$cache/kernels" || die "cannot create $cache (set STILLBLOCK_CACHE to a writable folder)"
 command -v depmod >/dev/null || die 'depmod is missing: apt-get install kmod'
-lock kernels
 # shellcheck disable=SC2086  # a list
-for kernel in ${*:-$kernels}; do one "$kernel"; done
+[ $# -gt 0 ] || set -- $kernels
+for kernel; do need_kernel "$kernel"; done
+# Nobody waits for a kernel that another run is fetching or building, but for the same one.
+for kernel; do
+    case $kernel in
+    debug) "$checkout/scripts/debug-kernel.sh" ;;
+    *) (
+        lock "kernel-$kernel"
+        one "$kernel"
+    ) ;;
+    esac
+done

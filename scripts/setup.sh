@@ -20,8 +20,8 @@ packages=(
     # what runs inside the guests, whose root is this machine's
     e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio mount procps psmisc iproute2
     mdadm cryptsetup-bin thin-provisioning-tools strace
-    # the toolchain of kernels that are newer than this Debian
-    debootstrap
+    # the toolchain of kernels that are newer than this Debian; the debug kernel
+    debootstrap bc bison flex libelf-dev
     # other people's NBD clients and servers, and checkers of formats
     qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat libxml2-utils
 )
@@ -94,7 +94,7 @@ node_major=$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null) || die '
 lock setup
 debian_packages
 npm_packages
-[ $# -gt 0 ] || set -- 6.1 6.12
+[ $# -gt 0 ] || set -- 6.1
 "$checkout/scripts/kernels.sh" "$@"
 "$checkout/scripts/clients.sh"
 for kernel; do "$checkout/scripts/build-module.sh" "$kernel"; done

@@ -15,10 +15,25 @@ export const cacheFolder: string =
   process.env['STILLBLOCK_CACHE'] ??
   join(process.env['XDG_CACHE_HOME'] ?? join(homedir(), '.cache'), 'stillblock');
 
-/** The stock kernels that guests boot, as scripts/kernels.sh names them. */
-export const kernelNames = ['5.10', '6.1', '6.12', '7.2'] as const;
+/** The kernels that guests boot, as scripts/kernels.sh names them: stock ones, and one with checkers. */
+export const kernelNames = ['5.10', '6.1', '6.12', '7.2', 'debug'] as const;
 export type KernelName = (typeof kernelNames)[number];
 
+/**
+ * The kernel of this test run, which `npm run test:kernels` repeats for each of
+ * them: `STILLBLOCK_TEST_KERNEL`, or 6.1 without it.
+ * @throws Error when it names none of them.
+ */
+export function testKernel(): KernelName {
+  const wanted = process.env['STILLBLOCK_TEST_KERNEL'] ?? '6.1';
+  const kernel = kernelNames.find((name) => name === wanted);
+  if (kernel === undefined) {
+    throw new Error(`STILLBLOCK_TEST_KERNEL=${wanted} is none of ${kernelNames.join(', ')}`);
+  }
+  return kernel;
+}
+
+/** A kernel in the cache; the one with checkers is laid out as the stock ones are. */
 export interface StockKernel {
   readonly image: string;
   readonly release: string;
@@ -37,7 +52,7 @@ export function stockKernel(name: KernelName): StockKernel {
   }
 }
 
-/** The kernel module as scripts/build-module.sh built it for a stock kernel. */
+/** The kernel module as scripts/build-module.sh built it for a kernel. */
 export function modulePath(name: KernelName): string {
   return join(checkout, 'build', `module-${name}`, 'stillblock.ko');
 }

@@ -21,6 +21,7 @@ export class GuestCommand {
   readonly #chunks: { stdout: Buffer[]; stderr: Buffer[] } = { stdout: [], stderr: [] };
   readonly #listeners = new Set<() => void>();
   readonly #finished: Promise<number>;
+  readonly #slowness: number;
   #code: number | undefined;
   #lost: Error | undefined;
 
@@ -28,9 +29,11 @@ export class GuestCommand {
    * @param port host port that leads to the agent.
    * @param text for `bash -c`.
    * @param explainLoss says why a connection was lost, e.g. the guest's end.
+   * @param slowness by which all limits of time are multiplied.
    */
-  constructor(port: number, text: string, explainLoss: () => Error) {
+  constructor(port: number, text: string, explainLoss: () => Error, slowness = 1) {
     this.text = text;
+    this.#slowness = slowness;
     this.#socket = connect({ host: '127.0.0.1', port, noDelay: true });
     const command = Buffer.from(text);
     const header = Buffer.alloc(4);
@@ -164,7 +167,8 @@ export class GuestCommand {
     }
   }
 
-  async #within<T>(promise: Promise<T>, timeoutMs: number): Promise<T> {
+  async #within<T>(promise: Promise<T>, stockTimeoutMs: number): Promise<T> {
+    const timeoutMs = stockTimeoutMs * this.#slowness;
     const timer = new AbortController();
     const late = delay(timeoutMs, undefined, { signal: timer.signal }).then(() => {
       this.abandon();

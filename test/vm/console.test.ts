@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 import test from 'ava';
-import { findComplaints } from './console.ts';
+import { findComplaints, findLeaks } from './console.ts';
 
 // One line of each kind of complaint, as kernels print them.
 const complaining = [
@@ -35,6 +35,8 @@ const complaining = [
   '[   12.1] XFS (dm-0): Metadata corruption detected at xfs_agf_read_verify+0xd7/0x110 [xfs]',
   '[   12.1] Out of memory: Killed process 412 (node) total-vm:1068400kB',
   '[   12.1] stillblock: leak: 3 chunks of disk vdb1',
+  '[   12.1] kmemleak: Kernel memory leak detector disabled',
+  '[   12.1] kmemleak: Memory pool empty, consider increasing CONFIG_DEBUG_KMEMLEAK_MEM_POOL_SIZE',
 ];
 
 const ordinary = [
@@ -87,4 +89,26 @@ test('what a test provokes itself is allowed, and nothing beside it', (t) => {
     found.map(({ text }) => text),
     [other],
   );
+});
+
+// As kmemleak prints them (mm/kmemleak.c): of the kernel's own, of ours, and of ours after
+// its unloading, when addresses have no names.
+const leaked = (...trace: string[]): string =>
+  [
+    'unreferenced object 0xffff88800b5a2e00 (size 512):',
+    '  comm "stillblock", pid 211, jiffies 4294941234 (age 61.230s)',
+    '  hex dump (first 32 bytes):',
+    '    00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00  ................',
+    '  backtrace:',
+    ...trace.map((frame) => `    [<00000000a1b2c3d4>] ${frame}`),
+    '',
+  ].join('\n');
+const ofKernel = leaked('kmalloc_trace+0x22/0x60', 'ext4_mb_init+0x41c/0x9d0');
+const ofOurs = leaked('kmalloc_trace+0x22/0x60', 'stb_take+0x1a3/0x680 [stillblock]');
+const ofOursUnloaded = leaked('kmalloc_trace+0x22/0x60', '0xffffffffa0003d51');
+
+test('leaks of the module are told from those of the kernel', (t) => {
+  t.deepEqual(findLeaks(''), []);
+  t.deepEqual(findLeaks(ofKernel), []);
+  t.deepEqual(findLeaks(ofKernel + ofOurs + ofKernel + ofOursUnloaded), [ofOurs, ofOursUnloaded]);
 });

@@ -41,6 +41,7 @@ const complaints: readonly RegExp[] = [
   /Buffer I\/O error/,
   /(blk_update_request: )?(I\/O|critical \w+) error, dev/,
   /unregister_netdevice: waiting/,
+  /kmemleak: .*(disabled|pool empty|increasing)/i,
   /module stillblock: .*(still|leak)/i,
   /stillblock: leak/,
 ];
@@ -77,4 +78,17 @@ export function findComplaints(console: string, allowed: readonly RegExp[] = [])
         ]
       : [],
   );
+}
+
+/** Addresses of modules: a trace of ours has no names in it once the module is unloaded. */
+const inUnloadedModule = / 0xffffffff[a-f][0-9a-f]{7}$/m;
+
+/**
+ * @param report text of kmemleak's debugfs file.
+ * @returns each object in it that our module has allocated, or one that is unloaded by now.
+ */
+export function findLeaks(report: string): string[] {
+  return report
+    .split(/^(?=unreferenced object )/m)
+    .filter((object) => object.includes('[stillblock]') || inUnloadedModule.test(object));
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A guest with a stock kernel in QEMU. Its root is the host's own root, read
+// A guest with one of our kernels in QEMU. Its root is the host's own root, read
 // only, under an overlay in memory, so that the same Node, tools and checkout
 // are inside; its disks are scratch files; its ports are forwarded to the
 // host's loopback. QEMU dies with this process, however that ends.
@@ -22,15 +22,21 @@ import type { Duplex } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import { cacheFolder, type KernelName, modulePath, stockKernel } from './checkout.ts';
 import { type CommandResult, GuestCommand } from './command.ts';
-import { findComplaints } from './console.ts';
+import { findComplaints, findLeaks } from './console.ts';
 import { buildInitrd, shellQuote } from './initrd.ts';
 import { Qmp } from './qmp.ts';
 
-/** A data disk: virtio-blk whose serial number is its name. */
+/** How a disk is attached to its guest. */
+export const busNames = ['virtio-blk', 'nvme', 'virtio-scsi'] as const;
+export type BusName = (typeof busNames)[number];
+
+/** A data disk, whose serial number is its name. */
 export interface GuestDisk {
-  /** At most 20 bytes, the length of a virtio-blk serial number. */
+  /** At most 20 letters, digits and the like: the length of a virtio-blk serial number. */
   readonly name: string;
   readonly sizeBytes: number;
+  /** virtio-blk without it. */
+  readonly bus?: BusName;
   /** A raw file of the caller's; without it a sparse file that ends with the guest. */
   readonly file?: string;
 }
@@ -45,6 +51,12 @@ export interface GuestOptions {
    * -icount); always emulated, and with one processor.
    */
   readonly icount?: number;
+  /**
+   * true: an emulated guest's processors take turns in one thread. QEMU with a thread for
+   * each may run a breakpoint for ever that the kernel's text patching has removed since,
+   * in about one of fifty hooks that come or go under full write load.
+   */
+  readonly oneThread?: boolean;
   /** TCP ports of the guest, each forwarded from a free port of the host's loopback. */
   readonly forwardPorts?: readonly number[];
   readonly extraArgs?: readonly string[];
@@ -69,8 +81,60 @@ const bootLimitMs = 180_000;
 const defaultRunLimitMs = 120_000;
 const shutdownLimitMs = 60_000;
 
-/** A shell test that some disk has this serial number. */
-const hasSerial = (name: string): string => `grep -qsx ${shellQuote(name)} /sys/block/*/serial`;
+/** The longest time that a checked kernel takes, as a multiple of a stock one's. */
+const debugSlowness = 3;
+/** KASAN's shadow and quarantine, and the records of kmemleak. */
+const debugMemoryMiB = 1024;
+
+/** Drivers of the buses that are not needed to boot. */
+const busModules: Readonly<Record<BusName, string>> = {
+  'virtio-blk': 'virtio_blk',
+  nvme: 'nvme',
+  'virtio-scsi': 'virtio_scsi sd_mod',
+};
+
+/** The controller of all disks on virtio-scsi. */
+const scsiController = 'scsi-controller';
+
+/** QEMU's device for a disk, whose block node has the disk's name. */
+function diskDevice(name: string, bus: BusName): Record<string, string> {
+  const common = { id: name, drive: name, serial: name };
+  switch (bus) {
+    case 'virtio-blk':
+      return { driver: 'virtio-blk-pci', ...common };
+    case 'nvme':
+      return { driver: 'nvme', ...common };
+    case 'virtio-scsi':
+      return { driver: 'scsi-hd', bus: `${scsiController}.0`, ...common };
+    default:
+      return bus satisfies never;
+  }
+}
+
+/**
+ * Text for a shell that prints the device node of the disk with this serial number, and
+ * fails if there is none. virtio-blk and NVMe tell it as text, SCSI as page 0x80 of its
+ * vital product data, whose first four bytes are a header.
+ */
+const findDisk = (name: string): string => `(
+  tell() { [ "$1" = ${shellQuote(name)} ] && [ -b /dev/\${block##*/} ] && echo /dev/\${block##*/} && exit; }
+  for block in /sys/block/*; do
+    read -r serial <$block/serial && tell "$serial"
+    read -r serial <$block/device/serial && tell "$serial"
+    [ -e $block/device/vpd_pg80 ] && tell "$(tail -c +5 $block/device/vpd_pg80)"
+  done 2>/dev/null
+  exit 1)`;
+
+/**
+ * Lets kmemleak look for leaks, and prints them. What is younger than five seconds is not
+ * called a leak, nor what has changed between two scans.
+ */
+const scanForLeaks = `set -e
+  leaks=/sys/kernel/debug/kmemleak
+  echo scan >$leaks
+  while [ $SECONDS -lt 6 ]; do sleep 0.2; done
+  echo scan >$leaks
+  cat $leaks`;
 
 /** Where this machine's answer is kept until its next boot. */
 const accelerationFile = join(cacheFolder, 'acceleration.json');
@@ -115,7 +179,11 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
   const remembered = await rememberedAccelerator();
   if (remembered === undefined && kvmIsUsable()) {
     try {
-      const guest = await Guest.boot(options, 'kvm', kvmBootLimitMs);
+      const guest = await Guest.boot(
+        options,
+        'kvm',
+        options.kernel === 'debug' ? debugSlowness * kvmBootLimitMs : kvmBootLimitMs,
+      );
       await rememberAccelerator('kvm');
       return guest;
     } catch {
@@ -190,6 +258,10 @@ export class Guest {
       await guest.#findPorts();
       // QEMU holds its files open; without names they end with it.
       guest.#removeFolder();
+      // There is no udev, which would load the drivers of other buses.
+      for (const { name, bus = 'virtio-blk' } of options.disks ?? []) {
+        if (bus !== 'virtio-blk') await guest.#awaitDisk(name, bus);
+      }
       return guest;
     } catch (error) {
       await guest.kill();
@@ -205,6 +277,9 @@ export class Guest {
     const forwards = [agentPort, ...(options.forwardPorts ?? [])]
       .map((port) => `,hostfwd=tcp:127.0.0.1:0-:${port}`)
       .join('');
+    const memoryMiB =
+      (options.memoryMiB ?? 2048) + (options.kernel === 'debug' ? debugMemoryMiB : 0);
+    const onScsi = (options.disks ?? []).some(({ bus }) => bus === 'virtio-scsi');
     const cmdline = [
       'console=ttyS0 loglevel=5 quiet',
       // A crash ends QEMU, with its report on the console.
@@ -216,10 +291,13 @@ export class Guest {
       ...(this.accelerator === 'kvm'
         ? ['-accel', 'kvm', '-cpu', 'host']
         : options.icount === undefined
-          ? ['-accel', 'tcg,thread=multi', '-cpu', 'max']
+          ? [
+              ...['-accel', `tcg,thread=${options.oneThread ? 'single' : 'multi'}`],
+              ...['-cpu', 'max'],
+            ]
           : ['-accel', 'tcg', '-icount', `shift=${options.icount},sleep=off`, '-cpu', 'max']),
       ...['-machine', 'pc', '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
-      ...['-smp', String(options.cpus ?? 2), '-m', String(options.memoryMiB ?? 2048)],
+      ...['-smp', String(options.cpus ?? 2), '-m', String(memoryMiB)],
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       ...['-chardev', 'socket,id=qmp,fd=3', '-mon', 'chardev=qmp,mode=control'],
       ...['-kernel', kernel.image, '-initrd', initrd, '-append', cmdline],
@@ -231,12 +309,13 @@ export class Guest {
         '-device',
         'virtio-net-pci,netdev=net,romfile=',
       ],
+      ...(onScsi ? ['-device', `virtio-scsi-pci,id=${scsiController}`] : []),
       ...(options.disks ?? []).flatMap((disk) => this.#diskArguments(disk)),
       ...(options.extraArgs ?? []),
     ];
   }
 
-  #diskArguments({ name, sizeBytes, file }: GuestDisk): string[] {
+  #diskArguments({ name, sizeBytes, bus = 'virtio-blk', file }: GuestDisk): string[] {
     const path = file ?? join(this.#folder, name);
     if (file === undefined) {
       const descriptor = openSync(path, 'wx', 0o600);
@@ -245,12 +324,13 @@ export class Guest {
     } else if (statSync(file).size !== sizeBytes) {
       throw new Error(`${file} has not the ${sizeBytes} bytes of disk ${name}`);
     }
+    const node = {
+      ...{ 'node-name': name, driver: 'raw', discard: 'unmap', cache: { 'no-flush': true } },
+      file: { driver: 'file', filename: path },
+    };
     return [
-      ...[
-        '-drive',
-        `if=none,id=${name},format=raw,cache=unsafe,discard=unmap,file=${path.replaceAll(',', ',,')}`,
-      ],
-      ...['-device', `virtio-blk-pci,drive=${name},serial=${name}`],
+      ...['-blockdev', JSON.stringify(node)],
+      ...['-device', JSON.stringify(diskDevice(name, bus))],
     ];
   }
 
@@ -311,8 +391,11 @@ export class Guest {
 
   /** Starts a command for bash; any number may run at once. */
   start(command: string): GuestCommand {
-    return new GuestCommand(this.hostPort(agentPort), command, () =>
-      this.#failure(`ended during: ${command}`),
+    return new GuestCommand(
+      this.hostPort(agentPort),
+      command,
+      () => this.#failure(`ended during: ${command}`),
+      this.kernel === 'debug' ? debugSlowness : 1,
     );
   }
 
@@ -333,18 +416,24 @@ export class Guest {
 
   /** @returns the device node, such as /dev/vda, of the disk of that name. */
   async disk(name: string): Promise<string> {
+    const { stdout, code } = await this.run(findDisk(name), { check: false });
+    if (code !== 0) throw new Error(`the guest has no disk ${name}`);
+    return stdout.trim();
+  }
+
+  /** Loads the driver of a disk's bus, and waits for the disk. */
+  async #awaitDisk(name: string, bus: BusName): Promise<string> {
     const { stdout } = await this.run(
-      `for s in /sys/block/*/serial; do [ "$(cat $s)" = ${shellQuote(name)} ] && echo $s; done; true`,
+      `modprobe -a ${busModules[bus]}; until ${findDisk(name)}; do sleep 0.05; done`,
     );
-    const device = /^\/sys\/block\/([^/]+)\//.exec(stdout)?.[1];
-    if (device === undefined) throw new Error(`the guest has no disk ${name}`);
-    return `/dev/${device}`;
+    return stdout.trim();
   }
 
   /**
    * Plugs an image of the host's into the running guest.
    * @param name not used by another disk; it is the serial number, too.
    * @param format of the image file; its backing chain is followed.
+   * @param bus on virtio-scsi only beside a disk of `GuestOptions.disks` that is there, too.
    * @returns its device node.
    */
   async plug(
@@ -352,6 +441,7 @@ export class Guest {
     file: string,
     format: 'raw' | 'qcow2',
     readOnly: boolean,
+    bus: BusName = 'virtio-blk',
   ): Promise<string> {
     await this.#qmp.execute('blockdev-add', {
       'node-name': name,
@@ -359,20 +449,17 @@ export class Guest {
       'read-only': readOnly,
       file: { driver: 'file', filename: file },
     });
-    await this.#qmp.execute('device_add', {
-      driver: 'virtio-blk-pci',
-      id: name,
-      drive: name,
-      serial: name,
-    });
-    await this.run(`until ${hasSerial(name)}; do sleep 0.05; done`);
-    return this.disk(name);
+    await this.#qmp.execute('device_add', diskDevice(name, bus));
+    return this.#awaitDisk(name, bus);
   }
 
-  /** Takes out what `plug` put in; then its file holds all that was written. */
+  /**
+   * Takes a disk out of the running guest, whether or not it is in use there. Then its
+   * file, if it is the caller's own, holds all that was written.
+   */
   async unplug(name: string): Promise<void> {
     await this.#qmp.execute('device_del', { id: name });
-    await this.run(`while ${hasSerial(name)}; do sleep 0.05; done`);
+    await this.run(`while ${findDisk(name)} >/dev/null; do sleep 0.05; done`);
     // The guest has let go of it; QEMU drops the device a moment later.
     const limit = performance.now() + defaultRunLimitMs;
     for (;;) {
@@ -384,6 +471,17 @@ export class Guest {
         await delay(50);
       }
     }
+  }
+
+  /**
+   * Gives a disk another size, and waits until the guest knows.
+   * @param name a disk on virtio-blk or virtio-scsi: QEMU's NVMe has one size for life.
+   */
+  async resize(name: string, sizeBytes: number): Promise<void> {
+    await this.#qmp.execute('block_resize', { 'node-name': name, size: sizeBytes });
+    await this.run(
+      `node=$( ${findDisk(name)} ); until [ "$(cat /sys/block/\${node#/dev/}/size)" = ${sizeBytes / 512} ]; do sleep 0.05; done`,
+    );
   }
 
   /** Loads this checkout's kernel module, as scripts/build-module.sh built it. */
@@ -404,11 +502,25 @@ export class Guest {
   }
 
   /**
-   * Powers the guest off and checks its console.
+   * Under the debug kernel: that nothing which our module has allocated is lost.
+   * @throws Error with kmemleak's report.
+   */
+  async assertNoLeaks(): Promise<void> {
+    if (this.kernel !== 'debug') return;
+    const { stdout } = await this.run(scanForLeaks);
+    const leaks = findLeaks(stdout);
+    if (leaks.length === 0) return;
+    throw new Error(`the module leaks (${leaks.length} objects); the first:\n${leaks[0]}`);
+  }
+
+  /**
+   * Powers the guest off and checks its console; under the debug kernel it looks for
+   * leaks before.
    * @param allowed as for assertCleanConsole.
    */
   async shutdown(allowed: readonly RegExp[] = []): Promise<void> {
     if (!this.#alive) throw this.#failure('had ended before its shutdown');
+    await this.assertNoLeaks();
     // Whatever still runs would write to devices that power off under it.
     this.start('kill -KILL -1; sync; echo o >/proc/sysrq-trigger');
     const timer = new AbortController();

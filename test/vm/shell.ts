@@ -4,16 +4,19 @@
 import { readFile } from 'node:fs/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { type KernelName, kernelNames } from './checkout.ts';
-import { bootGuest, type GuestDisk } from './guest.ts';
+import { bootGuest, busNames, type GuestDisk } from './guest.ts';
 
 const sizeUnits: Readonly<Record<string, number>> = { K: 2 ** 10, M: 2 ** 20, G: 2 ** 30 };
 
 function addDisk(text: string, disks: readonly GuestDisk[]): GuestDisk[] {
-  const [, name, count, unit] = /^([\w-]{1,20})=(\d+)([KMG])$/.exec(text) ?? [];
-  if (name === undefined || unit === undefined) {
-    throw new InvalidArgumentError('NAME=SIZE, such as a=256M');
+  const [, name, count, unit, on] = /^([\w-]{1,20})=(\d+)([KMG])(?:,(.*))?$/.exec(text) ?? [];
+  const bus = busNames.find((candidate) => candidate === (on ?? 'virtio-blk'));
+  if (name === undefined || unit === undefined || bus === undefined) {
+    throw new InvalidArgumentError(
+      `NAME=SIZE[,BUS], such as a=256M or b=1G,nvme; BUS is one of ${busNames.join(', ')}`,
+    );
   }
-  return [...disks, { name, sizeBytes: Number(count) * (sizeUnits[unit] ?? 1) }];
+  return [...disks, { name, sizeBytes: Number(count) * (sizeUnits[unit] ?? 1), bus }];
 }
 
 const addText = (text: string, texts: readonly string[]): string[] => [...texts, text];
@@ -35,7 +38,7 @@ const program = new Command('guest.sh')
   .description('boots a stock kernel, runs a script for bash as root in it, and powers it off')
   .argument('[script]', 'text for bash; every disk NAME is in $NAME as its device node')
   .addOption(new Option('--kernel <name>').choices([...kernelNames]).default('6.1'))
-  .option('--disk <name=size>', 'adds a data disk', addDisk, [])
+  .option('--disk <name=size[,bus]>', `adds a data disk (${busNames.join(', ')})`, addDisk, [])
   .option('--module', 'loads the kernel module first', false)
   .option('--module-parameters <text>', 'its parameters', '')
   .option('--memory <MiB>', 'memory', '2048')

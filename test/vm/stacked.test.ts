@@ -6,13 +6,13 @@
 
 import { join } from 'node:path';
 import test from 'ava';
-import { checkout } from './checkout.ts';
+import { checkout, testKernel } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
-const kernel = '6.12';
+const kernel = testKernel();
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const cliLimitMs = 120_000;
 const compareLimitMs = 180_000;

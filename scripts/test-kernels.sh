@@ -1,0 +1,67 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# The tests of test/kernels, and the scenario, on each kernel, after
+# `scripts/setup.sh KERNEL...`; two guests side by side.
+#
+#   scripts/test-kernels.sh [KERNEL]...      (default: all)
+#
+# STILLBLOCK_TEST_FILES names test files, such as `devices faults`, when not all
+# of them are wanted. The output of a file that fails is shown, that of others
+# is one line. The last line is `N passed, N failed`.
+. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/ava.sh"
+cd "$checkout"
+
+# one RESULTS KERNEL FILE: runs one file on one kernel and adds `PASSED FAILED`
+# to RESULTS. It is this script again, since xargs starts it.
+one() {
+    local results=$1 kernel=$2 file=$3 log started=$SECONDS
+    log=$(mktemp "$results-XXXXXX")
+    export STILLBLOCK_TEST_KERNEL=$kernel
+    count_ava "$log" --config ava.kernels.config.mjs "$file" >/dev/null
+    {
+        [ "$ava_failed" = 0 ] || cat "$log"
+        echo "$kernel: $(basename "$file" .test.js): $ava_passed passed, $ava_failed failed in $((SECONDS - started)) s"
+    } >"$log.told"
+    # In one write, so that two of them do not mix.
+    cat "$log.told"
+    echo "$ava_passed $ava_failed" >>"$results"
+}
+
+if [ "${1:-}" = --one ]; then
+    shift
+    one "$@"
+    exit
+fi
+# shellcheck disable=SC2086  # a list
+[ $# -gt 0 ] || set -- $kernels
+for kernel; do need_kernel "$kernel"; done
+
+forget_removed
+files=()
+for file in dist/test/vm/scenario.test.js dist/test/kernels/*.test.js; do
+    name=$(basename "$file" .test.js)
+    case " ${STILLBLOCK_TEST_FILES:-$name} " in *" $name "*) files+=("$file") ;; esac
+done
+[ "${#files[@]}" -gt 0 ] || die "no such test: ${STILLBLOCK_TEST_FILES:-}"
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+results=$folder/results
+: >"$results"
+# The slowest kernel first, so that both lanes end together.
+for kernel in $(printf '%s\n' "$@" | sort -r); do
+    for file in "${files[@]}"; do printf '%s %s %s\n' "$results" "$kernel" "$file"; done
+done >"$folder/runs"
+xargs -a "$folder/runs" -P2 -L1 "$checkout/scripts/test-kernels.sh" --one || say 'a test run ended without a result'
+
+passed=0
+failed=0
+while read -r p f; do
+    passed=$((passed + p))
+    failed=$((failed + f))
+done <"$results"
+# What ended without a result has failed.
+failed=$((failed + $(wc -l <"$folder/runs") - $(wc -l <"$results")))
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
