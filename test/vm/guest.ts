@@ -119,8 +119,11 @@ function diskDevice(name: string, bus: BusName): Record<string, string> {
 const findDisk = (name: string): string => `(
   tell() { [ "$1" = ${shellQuote(name)} ] && [ -b /dev/\${block##*/} ] && echo /dev/\${block##*/} && exit; }
   for block in /sys/block/*; do
-    read -r serial <$block/serial && tell "$serial"
-    read -r serial <$block/device/serial && tell "$serial"
+    for file in serial device/serial; do
+      serial=
+      read -r serial <$block/$file
+      tell "$serial"
+    done
     [ -e $block/device/vpd_pg80 ] && tell "$(tail -c +5 $block/device/vpd_pg80)"
   done 2>/dev/null
   exit 1)`;
