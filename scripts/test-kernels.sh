@@ -6,8 +6,9 @@
 #   scripts/test-kernels.sh [KERNEL]...      (default: all)
 #
 # STILLBLOCK_TEST_FILES names test files, such as `devices faults`, when not all
-# of them are wanted. The output of a file that fails is shown, that of others
-# is one line. The last line is `N passed, N failed`.
+# of them are wanted, and STILLBLOCK_TEST_LANES another number of guests. The
+# output of a file that fails is shown, that of others is one line. The last
+# line is `N passed, N failed`.
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/ava.sh"
 cd "$checkout"
@@ -53,7 +54,7 @@ results=$folder/results
 for kernel in $(printf '%s\n' "$@" | sort -r); do
     for file in "${files[@]}"; do printf '%s %s %s\n' "$results" "$kernel" "$file"; done
 done >"$folder/runs"
-xargs -a "$folder/runs" -P2 -L1 "$checkout/scripts/test-kernels.sh" --one || say 'a test run ended without a result'
+xargs -a "$folder/runs" -P"${STILLBLOCK_TEST_LANES:-2}" -L1 "$checkout/scripts/test-kernels.sh" --one || say 'a test run ended without a result'
 
 passed=0
 failed=0
