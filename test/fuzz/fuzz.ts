@@ -257,9 +257,11 @@ export async function fuzz(options: FuzzOptions): Promise<FuzzOutcome> {
   const client = async (): Promise<void> => {
     while (fault === undefined && total.messages < options.messages) {
       const seed = options.session ?? seeds.below(2 ** 48);
-      const { session, random } = sessionOf(seed, target);
-      total.messages += options.session === undefined ? session.messages.length : options.messages;
       try {
+        // A mistake of the generator is a fault like any other: the server must not outlive it.
+        const { session, random } = sessionOf(seed, target);
+        total.messages +=
+          options.session === undefined ? session.messages.length : options.messages;
         const played = await play(address, session, random);
         total.sessions += 1;
         total.replies += played.replies;

@@ -110,7 +110,7 @@ export function requestBytes(request: WireRequest): Buffer {
   if (request.extended) {
     bytes.writeBigUInt64BE(request.length, 24);
   } else {
-    bytes.writeUInt32BE(Number(request.length), 24);
+    bytes.writeUInt32BE(Number(BigInt.asUintN(32, request.length)), 24);
   }
   return bytes;
 }
