@@ -62,13 +62,14 @@ struct space *space_new(const char *name, uint64_t nr_units)
 	return space;
 }
 
-struct journal *journal_new(void)
+struct journal *journal_new(const char *writer)
 {
 	struct journal *journal = zeroed(1, sizeof(*journal));
 	uint32_t index = atomic_fetch_add(&nr_journals, 1);
 
 	if (index >= MAX_WRITERS)
 		give_up("too many writers");
+	journal->writer = writer;
 	journals[index] = journal;
 	return journal;
 }

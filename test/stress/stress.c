@@ -34,6 +34,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -43,7 +44,9 @@
 /* A write that takes longer hangs; emulated machines are slow. */
 #define HUNG_S		180
 /* The last steps end within this, or something hangs. */
+#ifndef END_S
 #define END_S		300
+#endif
 /* How often it says how far it is. */
 #define REPORT_S	20
 
@@ -267,6 +270,26 @@ static struct target *new_target(const char *path, struct space *space)
 	return target;
 }
 
+/* Can completions of the device be polled for? Others refuse such writes. */
+static bool can_poll(const struct device *device)
+{
+	char path[PATH_BYTES];
+	struct stat stat;
+	FILE *file;
+	int answer = '0';
+
+	if (fstat(device->fd, &stat))
+		return false;
+	snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/queue/io_poll",
+		 major(stat.st_rdev), minor(stat.st_rdev));
+	file = fopen(path, "r");
+	if (file) {
+		answer = fgetc(file);
+		fclose(file);
+	}
+	return answer == '1';
+}
+
 static bool shares_space(const struct device *device)
 {
 	uint32_t i;
@@ -320,6 +343,7 @@ static void add_targets(void)
 		target->at = device->at;
 		target->nr_units = device->nr_written;
 		target->align = sector_units(device);
+		target->can_poll = can_poll(device);
 		target->device = device;
 		/* Two devices' page caches do not know of each other. */
 		target->nr_direct = target->nr_units;
@@ -394,8 +418,8 @@ static void find_hung_writes(void)
 			    now < begun + HUNG_S * 1000000000ull ||
 			    atomic_load(&record->stamp) != stamp)
 				continue;
-			violation(0, "a write to %s at unit %llu has taken %llu s",
-				  record->space->name,
+			violation(0, "a write (%s) to %s at unit %llu has taken %llu s",
+				  journals[i]->writer, record->space->name,
 				  (unsigned long long)record->first,
 				  (unsigned long long)((now - begun) / 1000000000));
 			return;
@@ -422,6 +446,7 @@ static void wait_for_the_end(void)
 		change_pace(&rng);
 		usleep(500000 + rng_below(&rng, 1500000));
 		find_hung_writes();
+		takers_watch();
 		if (now_ns() < report)
 			continue;
 		report += REPORT_S * 1000000000ull;
@@ -511,19 +536,36 @@ static void print_results(void)
 	printf("}\n");
 }
 
-static void end_is_late(int signal)
+/* Who is stuck where, in the kernel's words. */
+static void show_threads(void)
 {
-	static const char text[] = "VIOLATION: the end does not come\n";
+	static const char command[] =
+		"for t in /proc/$PPID/task/* $(pgrep -P $PPID | sed s,^,/proc/,); do"
+		" echo \"$(cat $t/comm):\"; cat $t/stack; done;"
+		" echo w >/proc/sysrq-trigger; dmesg | tail -n 200";
 
-	(void)signal;
-	if (write(STDOUT_FILENO, text, sizeof(text) - 1) < 0)
-		_exit(2);
+	if (system(command))
+		say("no stacks");
+}
+
+static void *watch_the_end(void *data)
+{
+	uint64_t limit = now_ns() + END_S * 1000000000ull;
+
+	(void)data;
+	while (now_ns() < limit)
+		usleep(500000);
+	violation(0, "the end does not come");
+	find_hung_writes();
+	takers_say();
+	show_threads();
 	_exit(1);
 }
 
 int main(int argc, char **argv)
 {
 	struct rlimit files = { 65536, 65536 };
+	pthread_t watcher;
 	uint32_t i;
 
 	started_ns = now_ns();
@@ -546,8 +588,8 @@ int main(int argc, char **argv)
 	writers_start();
 	takers_start();
 	wait_for_the_end();
-	signal(SIGALRM, end_is_late);
-	alarm(END_S);
+	if (pthread_create(&watcher, NULL, watch_the_end, NULL))
+		give_up("no thread");
 	takers_join();
 	writers_join();
 	if (!world.violations)

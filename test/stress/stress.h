@@ -130,6 +130,7 @@ struct device {
  *	through it. No page belongs to both
  * @align: what offsets and lengths of direct writes are multiples of, units
  * @is_file: of a file system
+ * @can_poll: completions can be polled for
  * @device: the tracked device, NULL for a file
  * @no_discard: the device refuses discards; found by trying
  */
@@ -141,6 +142,7 @@ struct target {
 	uint64_t nr_direct;
 	uint32_t align;
 	bool is_file;
+	bool can_poll;
 	struct device *device;
 	_Atomic bool no_discard;
 };
@@ -247,6 +249,7 @@ struct record {
 
 /* The writes of one writer; written by it alone. */
 struct journal {
+	const char *writer;
 	struct record records[NR_RECORDS];
 	clock_cell nr;		/* begun so far */
 	uint64_t next;
@@ -257,7 +260,7 @@ extern struct journal *journals[MAX_WRITERS];
 extern _Atomic uint32_t nr_journals;
 
 struct space *space_new(const char *name, uint64_t nr_units);
-struct journal *journal_new(void);
+struct journal *journal_new(const char *writer);
 
 /*
  * Claims a range of a target, for one write at a time. Returns NULL when
@@ -397,6 +400,9 @@ void owner_end(struct owner *owner);
 
 /* takers.c */
 void takers_start(void);
+/* Says what each taker does; watching, it does so of those that are stuck. */
+void takers_say(void);
+void takers_watch(void);
 void takers_join(void);
 void device_attach(struct device *device, uint32_t block_bytes);
 void device_detach(struct device *device);

@@ -22,6 +22,8 @@
 #define KEPT_IMAGES	6
 #define MIB		(1ull << 20)
 #define MS		1000000ull
+/* A taker that does one thing for longer says so. */
+#define SLOW_S		20
 
 /* What is kept of an image: hashes of its 4 KiB blocks, 0 where not known. */
 struct kept_image {
@@ -94,6 +96,9 @@ struct taker {
 	uint32_t nr_views;
 	struct store *stores[MAX_STORES];
 	uint32_t nr_stores;
+	const char *doing;
+	_Atomic uint64_t since_ns;
+	bool reported;
 	struct instant instant;
 	uint64_t numbers[MAX_WRITERS];
 	char *buffer;
@@ -104,6 +109,53 @@ int control = -1;
 
 static struct taker takers[MAX_TAKERS];
 static pthread_mutex_t claims = PTHREAD_MUTEX_INITIALIZER;
+
+/* What a taker does, for those who wonder why it takes so long. */
+static void doing(struct taker *taker, const char *what)
+{
+	taker->doing = what;
+	taker->since_ns = now_ns();
+	taker->reported = false;
+}
+
+static void taker_say(struct taker *taker)
+{
+	char line[512];
+	size_t len = 0;
+	uint32_t i;
+
+	for (i = 0; i < taker->nr_images && len < sizeof(line) - PATH_BYTES; i++)
+		len += snprintf(line + len, sizeof(line) - len, " %s",
+				taker->images[i].device->path);
+	say("step %llu: %s for %llu s with%s", (unsigned long long)taker->step,
+	    taker->doing,
+	    (unsigned long long)((now_ns() - taker->since_ns) / 1000000000),
+	    line);
+}
+
+void takers_say(void)
+{
+	uint32_t i;
+
+	for (i = 0; i < world.nr_takers; i++)
+		if (takers[i].doing)
+			taker_say(&takers[i]);
+}
+
+void takers_watch(void)
+{
+	uint32_t i;
+
+	for (i = 0; i < world.nr_takers; i++) {
+		struct taker *taker = &takers[i];
+
+		if (!taker->doing || taker->reported ||
+		    now_ns() < taker->since_ns + SLOW_S * 1000000000ull)
+			continue;
+		taker->reported = true;
+		taker_say(taker);
+	}
+}
 
 /* Attaching */
 
@@ -1116,6 +1168,7 @@ static void hold(struct taker *taker)
 {
 	bool full = rng_chance(&taker->rng, 70);
 
+	doing(taker, "reading");
 	open_images(taker);
 	if (world.violations)
 		return;
@@ -1129,12 +1182,16 @@ static void hold(struct taker *taker)
 	 * mounts a failing image would complain with every reason.
 	 */
 	if (taker->plan == PLAN_AMPLE && taker->kill_at_ns == NEVER &&
-	    taker->known && !world.violations)
+	    taker->known && !world.violations) {
+		doing(taker, "checking file systems");
 		check_file_systems(taker);
+	}
+	doing(taker, "rereading");
 	if (!taker->failed && !world.violations)
 		read_about(taker, now_ns() + rng_below(&taker->rng, 2500) * MS);
 	if (taker->failed || !taker->alive)
 		read_failed(taker);
+	doing(taker, "checking change maps");
 	if (!world.violations)
 		check_maps(taker);
 }
@@ -1209,12 +1266,14 @@ static void step(struct taker *taker)
 		if (rng_chance(&taker->rng, 10))
 			mark_somewhere(taker, device);
 	}
+	doing(taker, "planning");
 	plan(taker);
 	taker->kill_at_ns = NEVER;
 	taker->failed = false;
 	begun = copy_before(taker);
 	if (rng_chance(&taker->rng, 12))
 		taker->kill_at_ns = now_ns() + rng_below(&taker->rng, 500) * MS;
+	doing(taker, "taking");
 	owner_start(taker->owner);
 	taker->alive = owner_wait(taker->owner, taker->kill_at_ns);
 	taker->kill_at_ns = NEVER;
@@ -1227,11 +1286,13 @@ static void step(struct taker *taker)
 		after_take(taker, begun);
 	}
 	/* It is the owner's end that frees devices and stores. */
+	doing(taker, "ending");
 	if (taker->alive)
 		owner_end(taker->owner);
 	close_plan(taker->owner);
 	free_copies(taker);
 	release_claims(taker);
+	doing(taker, "nothing");
 }
 
 static void *taker_thread(void *data)
@@ -1266,6 +1327,7 @@ void takers_start(void)
 		taker->other_buffer = shared_memory(MAX_PIECE);
 		if (pthread_create(&taker->thread, NULL, taker_thread, taker))
 			give_up("no thread");
+		pthread_setname_np(taker->thread, "taker");
 	}
 }
 

@@ -25,6 +25,12 @@
 #define MAX_DEPTH	32
 /* Room to begin a buffer anywhere in a page. */
 #define SLOT_BYTES	(MAX_WRITE + 4096)
+/*
+ * A polled write is a NOWAIT one to the block layer, which refuses to split
+ * it, and io_uring then tries again for ever. So it stays below what every
+ * device takes at once.
+ */
+#define MAX_POLLED	(64u << 10)
 /* A write that waits no longer than this is retried at once. */
 #define EVENT_WAIT_S	1
 
@@ -69,7 +75,8 @@ static struct target *pick_target(struct writer *writer)
 		struct target *target =
 			&world.targets[(start + i) % world.nr_targets];
 
-		if (target->is_file == writer->files)
+		if (target->is_file == writer->files &&
+		    (target->can_poll || !writer->polled))
 			return target;
 	}
 	return NULL;
@@ -131,6 +138,8 @@ static bool slot_begin(struct writer *writer, struct slot *slot, bool cached)
 
 	if (!pick_range(&writer->rng, target, cached, &first, &nr))
 		return false;
+	if (writer->polled && nr > MAX_POLLED / UNIT_BYTES)
+		nr = MAX_POLLED / UNIT_BYTES;
 	slot->record = write_begin(writer->journal, target, first, nr,
 				   KIND_DATA);
 	if (!slot->record)
@@ -163,7 +172,7 @@ static void slot_end(struct writer *writer, struct slot *slot)
 static void write_failed(const char *what, const struct target *target,
 			 uint64_t unit, long error)
 {
-	violation(0, "%s to %s failed at byte %llu: %s", what, target->path,
+	violation(0, "%s: %s failed at byte %llu: %s", what, target->path,
 		  (unsigned long long)unit << UNIT_SHIFT, strerror(error));
 }
 
@@ -614,28 +623,29 @@ static void writer_add(const char *name, void (*run)(struct writer *),
 	if (!pick_target(writer))
 		return;
 	nr_writers++;
-	writer->journal = journal_new();
+	writer->journal = journal_new(name);
 	rng_seed(&writer->rng, world.seed, 1, writer->index);
 	for (i = 0; i < depth; i++)
 		writer->slots[i].memory = shared_memory(SLOT_BYTES);
 	open_targets(writer);
 	if (pthread_create(&writer->thread, NULL, writer_thread, writer))
 		give_up("no thread");
+	pthread_setname_np(writer->thread, name);
 }
 
 void writers_start(void)
 {
 	writer_add("write", run_direct, 1, false, false);
 	writer_add("write", run_direct, 1, false, false);
-	writer_add("cached write", run_cached, 8, false, false);
-	writer_add("libaio write", run_aio, 32, false, false);
-	writer_add("libaio write", run_aio, 8, false, false);
-	writer_add("io_uring write", run_uring, 24, false, false);
-	writer_add("polled io_uring write", run_uring, 8, false, true);
+	writer_add("cached", run_cached, 8, false, false);
+	writer_add("libaio", run_aio, 32, false, false);
+	writer_add("libaio", run_aio, 8, false, false);
+	writer_add("io_uring", run_uring, 24, false, false);
+	writer_add("polled", run_uring, 8, false, true);
 	writer_add("erasing", run_erasing, 1, false, false);
-	writer_add("file write", run_direct, 1, true, false);
-	writer_add("cached file write", run_cached, 8, true, false);
-	writer_add("erasing in a file", run_erasing, 1, true, false);
+	writer_add("file", run_direct, 1, true, false);
+	writer_add("cached file", run_cached, 8, true, false);
+	writer_add("erasing file", run_erasing, 1, true, false);
 	writer_add("churn", run_churn, 1, true, false);
 }
 
@@ -678,7 +688,7 @@ static void stamp_all(struct journal *journal, struct target *target,
 
 void writers_initialise(void)
 {
-	struct journal *journal = journal_new();
+	struct journal *journal = journal_new("stamping");
 	void *buffer = shared_memory(MAX_WRITE);
 	uint32_t i;
 
