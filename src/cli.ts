@@ -1,59 +1,12 @@
 #!/usr/bin/env node
 // SPDX-License-Identifier: Apache-2.0
-/** The command line: which command was meant, and what its failure means to the caller. */
-import { readFileSync } from 'node:fs';
+/** Runs the command that was meant, and says what its failure means to the caller. */
 import process, { argv, stderr, stdout } from 'node:process';
-import { Command, CommanderError } from 'commander';
-import { backupCommand } from './commands/backup.ts';
-import { checkpointCommand } from './commands/checkpoint.ts';
+import { type Command, CommanderError } from 'commander';
 import type { CommonOptions } from './commands/common.ts';
-import { deviceCommand } from './commands/device.ts';
-import { nbdCommand } from './commands/nbd.ts';
-import { statusCommand } from './commands/status.ts';
 import { EXIT, StillblockError, usageError } from './errors.ts';
 import { errorLine, printJson } from './output.ts';
-
-function version(): string {
-  const text = readFileSync(new URL('../../package.json', import.meta.url), 'utf8');
-  const { version: found } = JSON.parse(text) as { version: string };
-  return found;
-}
-
-/** Lets every command's mistakes in usage reach us, instead of ending the process. */
-function catchMistakes(command: Command): void {
-  command.exitOverride().configureOutput({ outputError: () => {} });
-  command.showHelpAfterError(false);
-  for (const child of command.commands) {
-    catchMistakes(child);
-  }
-}
-
-function makeProgram(onCommand: (command: Command) => void): Command {
-  const program = new Command('stillblock')
-    .description(
-      "Consistent read-only images of a running server's disks, and what changed since,\nover NBD.",
-    )
-    .version(version(), '-V, --version')
-    .addCommand(deviceCommand())
-    .addCommand(backupCommand())
-    .addCommand(statusCommand())
-    .addCommand(checkpointCommand())
-    .addCommand(nbdCommand())
-    .addHelpText(
-      'after',
-      `
-Examples:
-  stillblock device attach /dev/sda
-  stillblock backup begin --checkpoint monday --store /mnt/spare
-  qemu-img convert -O qcow2 nbd://127.0.0.1/sda monday.qcow2
-  stillblock backup end
-
-Exit codes: 0 done, 1 failed, 2 usage, 3 a full backup is required, 4 store full.`,
-    )
-    .hook('preAction', (_program, command) => onCommand(command));
-  catchMistakes(program);
-  return program;
-}
+import { makeProgram } from './program.ts';
 
 /** Help that was asked for is no error; help in place of a missing command is. */
 function fromCommander(error: CommanderError): StillblockError | undefined {
