@@ -62,15 +62,22 @@ export const MAX_XML_LENGTH: number = 1024 * 1024;
 /** What is nested deepest in our documents takes 6. */
 const MAX_DEPTH = 32;
 
+const SPACE = '[ \\t\\n]';
 const NAME = '[A-Za-z_][A-Za-z0-9_.-]*(?::[A-Za-z_][A-Za-z0-9_.-]*)?';
-const ATTRIBUTE = `(${NAME})[ \\t\\n]*=[ \\t\\n]*("[^<"]*"|'[^<']*')`;
-const DECLARATION = /^<\?xml[ \t\n][^<>?]*\?>/;
+const ATTRIBUTE = `(${NAME})${SPACE}*=${SPACE}*("[^<"]*"|'[^<']*')`;
+/** What is read is text already, so that it cannot be declared to be anything but UTF-8. */
+const DECLARATION = new RegExp(
+  `^<\\?xml${SPACE}+version${SPACE}*=${SPACE}*(?:"1\\.[0-9]"|'1\\.[0-9]')` +
+    `(?:${SPACE}+encoding${SPACE}*=${SPACE}*(?:"utf-?8"|'utf-?8'))?` +
+    `(?:${SPACE}+standalone${SPACE}*=${SPACE}*(?:"yes"|"no"|'yes'|'no'))?${SPACE}*\\?>`,
+  'i',
+);
 const TOKEN = new RegExp(
   [
     '(?<comment><!--(?:[^-]|-(?!-))*-->)',
     '(?<cdata><!\\[CDATA\\[(?:[^\\]]|\\](?!\\]>))*\\]\\]>)',
-    `(?<close></${NAME}[ \\t\\n]*>)`,
-    `<(?<name>${NAME})(?<attributes>(?:[ \\t\\n]+${ATTRIBUTE})*)[ \\t\\n]*(?<empty>/?)>`,
+    `(?<close></${NAME}${SPACE}*>)`,
+    `<(?<name>${NAME})(?<attributes>(?:${SPACE}+${ATTRIBUTE})*)${SPACE}*(?<empty>/?)>`,
     '(?<text>[^<]+)',
   ].join('|'),
   'y',
@@ -116,7 +123,10 @@ function failToken(document: XmlDocument, at: number): never {
     document.fail(at, 'document types are not accepted');
   }
   if (rest.startsWith('<?')) {
-    document.fail(at, 'processing instructions are not accepted');
+    const problem = /^<\?xml\s/i.test(rest)
+      ? 'this XML declaration is not that of a UTF-8 text, or not at its start'
+      : 'processing instructions are not accepted';
+    document.fail(at, problem);
   }
   if (rest.startsWith('<!--')) {
     document.fail(at, 'this comment does not end, or contains "--"');
@@ -185,8 +195,10 @@ function tokenize(document: XmlDocument): ReadonlyMap<number, Tag> {
     TOKEN.lastIndex = at;
     const { groups = {} } = TOKEN.exec(text) ?? failToken(document, at);
     end = TOKEN.lastIndex;
-    if (groups['text'] !== undefined || groups['cdata'] !== undefined) {
-      checkText(document, groups['text'] ?? (depth > 0 ? '' : '<'), at, depth > 0);
+    if (groups['cdata'] !== undefined && depth === 0) {
+      document.fail(at, 'text outside of the document');
+    } else if (groups['text'] !== undefined) {
+      checkText(document, groups['text'], at, depth > 0);
     } else if (groups['close'] !== undefined) {
       depth -= 1;
     } else if (groups['name'] !== undefined) {
