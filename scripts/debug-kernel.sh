@@ -73,7 +73,7 @@ install_tree() {
     kbuild INSTALL_MOD_PATH="$tree" modules_install >"$work/log" 2>&1 || die "cannot install the debug kernel's modules: $(tail -n1 "$work/log")"
     # An external build compiles no source of the kernel, but runs its tools.
     find "$work/source" -path "$work/source/scripts" -prune -o -path "$work/source/tools" -prune -o -type f \
-        \( -name '*.[coSa]' -o -name '.*.cmd' -o -name '*.ko' -o -name '*.mod' -o -name '*.order' \) -delete
+        \( -name '*.[coSa]' -o -name '.*.cmd' -o -name '*.ko' -o -name '*.mod' -o -name '*.order' \) -exec rm -f {} +
     rm -f "$work/source"/{vmlinux,.tmp_*,.version} "$work/source"/arch/x86/boot/{bzImage,*.bin} "$work/source"/arch/x86/boot/compressed/vmlinux*
     mv "$work/source" "$headers"
     ln -sfn "$final/usr/src/linux-headers-$release" "$tree/lib/modules/$release/build"
