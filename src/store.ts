@@ -26,10 +26,10 @@ const FOLDER_SHARE = 0.15;
 /** Memory is dearer, and its snapshots are usually short. */
 const MEMORY_SHARE = 0.1;
 /** Of the room there is, by default; the rest is for growth and others. */
-const FREE_SHARE = 0.5;
+export const FREE_SHARE = 0.5;
 const FREE_MEMORY_SHARE = 0.25;
 /** The smallest store that is worth to begin with, or to grow by, bytes. */
-const WORTHWHILE_BYTES = 16 * MIB;
+export const WORTHWHILE_BYTES: number = 16 * MIB;
 /** What growth leaves free on a file system for others, bytes. */
 const RESERVE_BYTES = 64 * MIB;
 /** Files are made of whole blocks of any file system that can hold them, bytes. */
@@ -99,12 +99,14 @@ export function growthBytes(
   return step < Math.min(WORTHWHILE_BYTES, firstBytes) ? 0 : step - (step % ALIGNMENT);
 }
 
-async function freeMemoryBytes(): Promise<number> {
+/** Memory that could be had without swapping. */
+export async function freeMemoryBytes(): Promise<number> {
   const text = await readFile('/proc/meminfo', 'utf8');
   return Number(/^MemAvailable:\s*(\d+) kB$/m.exec(text)?.[1] ?? 0) * 1024;
 }
 
-async function freeBytesIn(folder: string): Promise<number> {
+/** Room on a folder's file system, for root's use left aside. */
+export async function freeBytesIn(folder: string): Promise<number> {
   const { bavail, bsize } = await statfs(folder);
   return bavail * bsize;
 }
@@ -378,14 +380,31 @@ export class Store {
    */
   async grow(): Promise<StorePiece | undefined> {
     for (const plan of this.#plans.filter(canGrow)) {
-      const free = plan.kind === 'folder' ? await freeBytesIn(plan.path) : await freeMemoryBytes();
-      const max = this.#maxBytes ?? (plan.kind === 'folder' ? Number.MAX_SAFE_INTEGER : 0);
-      const step = growthBytes(plan.sizeBytes, this.#sizes.get(plan) ?? 0, max, free);
+      const { now, max, free } = await this.#roomOf(plan);
+      const step = growthBytes(plan.sizeBytes, now, max, free);
       if (step > 0) {
         return this.#allocate(plan, step);
       }
     }
     return undefined;
+  }
+
+  async #roomOf(plan: StorePlan): Promise<{ now: number; max: number; free: number }> {
+    return {
+      now: this.#sizes.get(plan) ?? 0,
+      max: this.#maxBytes ?? (plan.kind === 'folder' ? Number.MAX_SAFE_INTEGER : 0),
+      free: plan.kind === 'folder' ? await freeBytesIn(plan.path) : await freeMemoryBytes(),
+    };
+  }
+
+  /** Bytes that it can become, if nobody else takes the room. */
+  async limitBytes(): Promise<number> {
+    let limit = this.sizeBytes;
+    for (const plan of this.#plans.filter(canGrow)) {
+      const { now, max, free } = await this.#roomOf(plan);
+      limit += Math.max(0, Math.min(max - now, free - RESERVE_BYTES));
+    }
+    return limit;
   }
 
   /** Gives everything back. The snapshot that used it must be gone. */
