@@ -3,9 +3,11 @@
 import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
 import { backupCommand } from './commands/backup.ts';
+import { chainCommand } from './commands/chain.ts';
 import { checkpointCommand } from './commands/checkpoint.ts';
 import { deviceCommand } from './commands/device.ts';
 import { nbdCommand } from './commands/nbd.ts';
+import { pullCommand } from './commands/pull.ts';
 import { statusCommand } from './commands/status.ts';
 
 function version(): string {
@@ -35,6 +37,8 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(statusCommand())
     .addCommand(checkpointCommand())
     .addCommand(nbdCommand())
+    .addCommand(pullCommand())
+    .addCommand(chainCommand())
     .addHelpText(
       'after',
       `

@@ -24,6 +24,8 @@ const COMMANDS = [
   ['checkpoint', 'show'],
   ['checkpoint', 'delete'],
   ['nbd'],
+  ['pull'],
+  ['chain'],
 ] as const;
 
 for (const command of COMMANDS) {
@@ -66,6 +68,14 @@ const MISTAKES: readonly Mistake[] = [
   { args: ['checkpoint', 'show', 'x'], code: 1, says: /there is no checkpoint x/ },
   { args: ['checkpoint', 'delete', 'x'], code: 1, says: /there is no checkpoint x/ },
   { args: ['backup', 'end'], code: 1, says: /no backup is running/ },
+  { args: ['pull', 'dir'], code: 2, says: /name the disks and the folder/ },
+  {
+    args: ['pull', '--nbd', 'http://x/sda', '--checkpoint', 'a', 'd'],
+    code: 2,
+    says: /no NBD URI/,
+  },
+  { args: ['pull', '--nbd', 'nbd://x/sda', 'd'], code: 2, says: /--checkpoint NAME/ },
+  { args: ['chain', '/dev/null'], code: 1, says: /there is no chain in/ },
   { args: ['device', 'list'], code: 1, says: NOT_LOADED },
   { args: ['device', 'attach', '/dev/null'], code: 1, says: NOT_LOADED },
   { args: ['device', 'detach', '/dev/null'], code: 1, says: NOT_LOADED },

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+/** `stillblock pull`: a chain of images on this machine of another machine's disks. */
+import { randomUUID } from 'node:crypto';
+import { readFile } from 'node:fs/promises';
+import { resolve } from 'node:path';
+import process from 'node:process';
+import { type Command, InvalidArgumentError } from 'commander';
+import { requireCheckpointName } from '../checkpoints.ts';
+import { explain, StillblockError, usageError } from '../errors.ts';
+import type { MachineLayout } from '../layout.ts';
+import type { ChainPoint } from '../manifest.ts';
+import { NbdSource, parseNamedUri } from '../nbd-source.ts';
+import type { PullSource } from '../offer.ts';
+import { printJson, printLine, printTable } from '../output.ts';
+import { makeProgress, type Progress } from '../progress-bars.ts';
+import { type PullObserver, pull } from '../pull.ts';
+import type { PullMode } from '../pull-plan.ts';
+import { formatSize } from '../sizes.ts';
+import { type CommonOptions, collect, newCommand } from './common.ts';
+
+interface PullOptions extends CommonOptions {
+  readonly nbd?: readonly string[];
+  readonly checkpoint?: string;
+  readonly layout?: string;
+  readonly full?: boolean;
+  readonly fullIfNeeded?: boolean;
+  readonly verify?: boolean;
+  readonly compress?: boolean;
+  readonly parallel: number;
+  readonly timeout: number;
+  readonly tlsCertificates?: string;
+}
+
+function countOption(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < least || value > most) {
+      throw new InvalidArgumentError(`it is a number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}
+
+async function readLayout(path: string): Promise<MachineLayout> {
+  try {
+    return JSON.parse(await readFile(path, 'utf8')) as MachineLayout;
+  } catch (error) {
+    if (error instanceof SyntaxError) {
+      throw new StillblockError(
+        'BAD_LAYOUT',
+        `${path} is no JSON`,
+        'write it with stillblock layout --json on the server',
+        { cause: error },
+      );
+    }
+    throw explain(error, path);
+  }
+}
+
+function modeOf(options: PullOptions): PullMode {
+  if (options.full === true && options.fullIfNeeded === true) {
+    throw usageError('--full and --full-if-needed exclude each other', 'give one of them');
+  }
+  return options.full === true
+    ? 'full'
+    : options.fullIfNeeded === true
+      ? 'full-if-needed'
+      : 'increments';
+}
+
+async function makeSource(options: PullOptions): Promise<PullSource> {
+  const uris = options.nbd ?? [];
+  const { checkpoint } = options;
+  if (checkpoint === undefined) {
+    throw usageError(
+      '--nbd needs a name for this instant',
+      'give the one that the server has for it: --checkpoint NAME',
+    );
+  }
+  const disks = uris.map(parseNamedUri);
+  const twice = disks.find(({ name }, index) => disks.findIndex((d) => d.name === name) !== index);
+  if (twice !== undefined) {
+    throw usageError(`disk ${twice.name} is given twice`, 'name them apart: --nbd NAME=URI');
+  }
+  const layout = options.layout === undefined ? null : await readLayout(options.layout);
+  const certificates = certificatesOf(options);
+  const stallMs = options.timeout * 1000;
+  return new NbdSource(requireCheckpointName(checkpoint), disks, layout, { certificates, stallMs });
+}
+
+function certificatesOf({ tlsCertificates }: PullOptions): string | undefined {
+  return tlsCertificates === undefined ? undefined : resolve(tlsCertificates);
+}
+
+function observe(json: boolean, progress: Progress): PullObserver {
+  return {
+    recovered: (recovery) => {
+      const { checkpoint, complete } = recovery;
+      if (json) {
+        printJson({ event: 'recovered', checkpoint, complete });
+      } else {
+        printLine(
+          complete
+            ? `the pull of ${checkpoint} was cut off after it was complete: it is in the chain`
+            : `the pull of ${checkpoint} was cut off: what it had copied is removed, the chain is as before it`,
+        );
+      }
+    },
+    planned: ({ checkpoint }, { disks, absent }) => {
+      if (json) {
+        const planned = disks.map(({ disk, base, file, why }) => ({
+          disk: disk.name,
+          kind: base === undefined ? 'full' : 'incremental',
+          ...(base === undefined ? { why } : { since: base.checkpoint }),
+          sizeBytes: disk.sizeBytes,
+          file,
+        }));
+        printJson({ event: 'planned', checkpoint, disks: planned, absent });
+        return;
+      }
+      for (const { disk, base, why } of disks) {
+        const how = base === undefined ? `all of it, ${why}` : `changes since ${base.checkpoint}`;
+        printLine(`${disk.name}: ${how}`);
+      }
+      for (const name of absent) {
+        printLine(`${name} is in the chain, but not in this snapshot`);
+      }
+    },
+    progress: (disk, step, fraction, bytes) => progress.update(disk, step, fraction, bytes),
+    pulled: ({ disk, kind, fileBytes, verified }) => {
+      if (json) {
+        printJson({ event: 'pulled', disk, kind, fileBytes, verified });
+      }
+    },
+  };
+}
+
+function printPoint(point: ChainPoint): void {
+  printTable(
+    ['DISK', 'KIND', 'SIZE', 'FILE', 'WRITTEN', 'COMPARED'],
+    point.entries.map(({ disk, kind, sizeBytes, file, fileBytes, verified }) => [
+      disk,
+      kind,
+      formatSize(sizeBytes),
+      file,
+      formatSize(fileBytes),
+      verified ? 'yes' : 'no',
+    ]),
+    'no disks',
+  );
+  printLine(`checkpoint ${point.checkpoint} is in the chain`);
+}
+
+/** Ends the work on the first signal; a second one ends the process as usual. */
+function endOnSignals(): AbortSignal {
+  const stop = new AbortController();
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+    process.once(signal, () =>
+      stop.abort(new StillblockError('INTERRUPTED', `ended by ${signal}`, 'pull again')),
+    );
+  }
+  return stop.signal;
+}
+
+async function run(
+  host: string | undefined,
+  folder: string | undefined,
+  options: PullOptions,
+): Promise<void> {
+  const place = folder ?? host;
+  if (options.nbd === undefined || folder !== undefined || place === undefined) {
+    throw usageError('name the disks and the folder', 'write --nbd URI --checkpoint NAME DIR');
+  }
+  // Images hold everything that the server's disks do, passwords included.
+  process.umask(0o077);
+  const json = options.json === true;
+  const mode = modeOf(options);
+  const source = await makeSource(options);
+  const progress = makeProgress(json);
+  const request = {
+    folder: place,
+    source,
+    mode,
+    verify: options.verify,
+    compress: options.compress === true,
+    parallel: options.parallel,
+    certificates: certificatesOf(options),
+    stallMs: options.timeout * 1000,
+  };
+  let point: ChainPoint;
+  try {
+    point = await pull(request, observe(json, progress), randomUUID(), endOnSignals());
+  } finally {
+    progress.stop();
+  }
+  if (json) {
+    printJson({ event: 'done', checkpoint: point.checkpoint, entries: point.entries });
+  } else {
+    printPoint(point);
+  }
+}
+
+const AFTER_HELP = `
+The first pull copies all of each disk, later ones what changed since. DIR gets one chain
+of qcow2 files per disk and a manifest. A pull that ends early, however, leaves the chain
+as it was. Changes that the server cannot prove to fit the chain are compared while they
+are held, unless --no-verify. HOST is left out with --nbd.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 a full copy is required of some disk.
+
+Example:
+  stillblock pull --nbd nbd://192.0.2.7/sda --checkpoint monday /backup/web1`;
+
+/** `stillblock pull` */
+export function pullCommand(): Command {
+  return newCommand('pull', "copy a server's disks into a chain of images")
+    .argument('[HOST]', 'the server')
+    .argument('[DIR]', "the chain's folder, made if it is not there")
+    .option('--nbd <[DISK=]URI>', 'a disk that is served already, repeatable', collect)
+    .option('--checkpoint <NAME>', 'name of this instant')
+    .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
+    .option('--full', 'copy all of every disk')
+    .option('--full-if-needed', 'copy all of those disks whose changes are not known')
+    .option('--verify', "compare each copy with the server's image while that is held")
+    .option('--no-verify', 'compare nothing')
+    .option('--compress', 'smaller files, by zstd')
+    .option('--parallel <N>', 'disks at a time', countOption(1, 64), 4)
+    .option('--timeout <SECONDS>', 'how long nothing may move', countOption(1, 86_400), 120)
+    .option('--tls-certificates <DIR>', 'ca-cert.pem, client-cert.pem and client-key.pem')
+    .addHelpText('after', AFTER_HELP)
+    .action(run);
+}

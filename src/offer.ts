@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+/** What a server has for a pull: the disks of one instant, and what changed on them since when. */
+import type { DiskIdentity } from './disk-identity.ts';
+import type { MachineLayout } from './layout.ts';
+import type { NbdUri } from './nbd-uri.ts';
+
+/** A place in a disk's change history. */
+export interface HistoryPlace {
+  /** UUID. */
+  readonly generation: string;
+  readonly number: number;
+}
+
+/** A delta export. */
+export interface OfferedDelta {
+  readonly checkpoint: string;
+  readonly uri: NbdUri;
+  /** Of the checkpoint; undefined where the server does not tell. */
+  readonly history: HistoryPlace | undefined;
+}
+
+export interface OfferedDisk {
+  readonly name: string;
+  readonly sizeBytes: number;
+  readonly uri: NbdUri;
+  /** Of the new checkpoint; undefined where the server does not tell. */
+  readonly history: HistoryPlace | undefined;
+  readonly identity: DiskIdentity;
+  readonly deltas: readonly OfferedDelta[];
+  /** Checkpoints since which there are none, and why. */
+  readonly full: readonly { readonly checkpoint: string; readonly why: string }[];
+}
+
+export interface Offer {
+  readonly checkpoint: string;
+  readonly takenAt: string | null;
+  /** `/etc/machine-id`; null where the server does not tell. */
+  readonly machine: string | null;
+  readonly layout: MachineLayout | null;
+  /** What ends the snapshot; null if that is not ours to do. */
+  readonly snapshot: string | null;
+  readonly disks: readonly OfferedDisk[];
+}
+
+/** Where offers come from. */
+export interface PullSource {
+  /**
+   * Has the snapshot taken, or looks at what is served.
+   *
+   * @param since the checkpoints since which changes are wanted, by disk; none for an empty chain
+   */
+  begin(since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer>;
+  /**
+   * Lets go of the snapshot.
+   *
+   * @param kept whether its point is in the chain; else its checkpoint is of no use
+   */
+  end(kept: boolean): Promise<void>;
+}
