@@ -12,6 +12,7 @@
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/ftrace.h>
+#include <linux/module.h>
 #include <linux/part_stat.h>
 #include <linux/version.h>
 
@@ -400,6 +401,25 @@ static inline void stb_put_disk(struct gendisk *disk, bool added)
 				 FTRACE_OPS_FL_SAVE_REGS | \
 				 FTRACE_OPS_FL_RECURSION_SAFE)
 #endif
+
+/**
+ * stb_is_own_text() - does an address lie in this module's code?
+ * @address: address
+ *
+ * within_module() goes through all kinds of a module's memory on newer kernels,
+ * which costs more than all the rest of the hook.
+ *
+ * Return: true if so.
+ */
+static __always_inline bool stb_is_own_text(unsigned long address)
+{
+#if STB_KERNEL(6, 4)
+	return within_module_mem_type(address, THIS_MODULE, MOD_TEXT);
+#else
+	return address - (unsigned long)THIS_MODULE->core_layout.base <
+	       THIS_MODULE->core_layout.text_size;
+#endif
+}
 
 /* The bio that a call of submit_bio_noacct() carries. */
 static __always_inline struct bio *stb_ftrace_bio(struct stb_ftrace_regs *regs)

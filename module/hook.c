@@ -254,19 +254,10 @@ static __always_inline bool hook_is_due(blk_opf_t opf)
 	return true;
 }
 
-static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
-				  struct ftrace_ops *ops,
-				  struct stb_ftrace_regs *regs)
+/* What the callback does with a write that a tracker may want to see. */
+static noinline notrace void hook_write(struct bio *bio, blk_opf_t opf,
+					struct stb_ftrace_regs *regs)
 {
-	struct bio *bio = stb_ftrace_bio(regs);
-	blk_opf_t opf = bio->bi_opf;
-
-	if (!op_is_write(opf & REQ_OP_MASK) || !bio_sectors(bio))
-		return;
-	/* What we submit ourselves has been through the trackers already. */
-	if (within_module(parent_ip, THIS_MODULE))
-		return;
-
 	preempt_disable_notrace();
 	if (unlikely(READ_ONCE(have_slow_tasks)) && hook_is_due(opf)) {
 		atomic_inc(&nr_slowed);
@@ -284,6 +275,29 @@ static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
 		}
 	}
 	preempt_enable_notrace();
+}
+
+/*
+ * Every I/O of the machine comes here: what most of them share is asked first,
+ * and nothing is saved or disabled for it.
+ */
+static notrace void hook_callback(unsigned long ip, unsigned long parent_ip,
+				  struct ftrace_ops *ops,
+				  struct stb_ftrace_regs *regs)
+{
+	struct bio *bio = stb_ftrace_bio(regs);
+	blk_opf_t opf = bio->bi_opf;
+
+	if (!op_is_write(opf & REQ_OP_MASK))
+		return;
+	/* An empty bucket: nobody tracks this disk. Nothing behind it is read. */
+	if (hlist_empty(hook_bucket(stb_bio_disk(bio))) &&
+	    likely(!READ_ONCE(have_slow_tasks)))
+		return;
+	/* What we submit ourselves has been through the trackers already. */
+	if (!bio_sectors(bio) || stb_is_own_text(parent_ip))
+		return;
+	hook_write(bio, opf, regs);
 }
 
 /*

@@ -52,7 +52,7 @@ struct stb_counted_spares {
 
 static DEFINE_PER_CPU(struct stb_counted_spares, counted_spares);
 
-static struct stb_counted *counted_alloc(void)
+static __always_inline struct stb_counted *counted_alloc(void)
 {
 	struct stb_counted_spares *spares;
 	struct stb_counted *c = NULL;
@@ -66,7 +66,7 @@ static struct stb_counted *counted_alloc(void)
 	return likely(c) ? c : kmem_cache_alloc(counted_cache, __GFP_NOWARN);
 }
 
-static void counted_free(struct stb_counted *c)
+static __always_inline void counted_free(struct stb_counted *c)
 {
 	struct stb_counted_spares *spares;
 	unsigned long flags;
