@@ -16,7 +16,7 @@
 #include <linux/part_stat.h>
 #include <linux/version.h>
 
-#define STB_KERNEL(a, b)	(LINUX_VERSION_CODE >= KERNEL_VERSION(a, b, 0))
+#define STB_KERNEL(a, b)	(KERNEL_VERSION(a, b, 0) <= LINUX_VERSION_CODE)
 
 #if !STB_KERNEL(5, 10)
 #error "Stillblock supports Linux 5.10, 6.1 and newer"
@@ -58,7 +58,12 @@
 #define STB_OPEN_WRITE	FMODE_WRITE
 #endif
 
-/* A block device held open. */
+/**
+ * struct stb_bdev - a block device held open
+ * @bdev: the device
+ * @file: what it was opened by, from 6.9 on
+ * @mode: how it was opened, before
+ */
 struct stb_bdev {
 	struct block_device *bdev;
 #if STB_KERNEL(6, 9)
@@ -96,6 +101,10 @@ static inline int stb_bdev_open(dev_t dev, stb_mode_t mode, void *holder,
 	return 0;
 }
 
+/**
+ * stb_bdev_close() - undo stb_bdev_open()
+ * @b: device
+ */
 static inline void stb_bdev_close(struct stb_bdev *b)
 {
 #if STB_KERNEL(6, 9)
@@ -106,7 +115,12 @@ static inline void stb_bdev_close(struct stb_bdev *b)
 	b->bdev = NULL;
 }
 
-/* Size of a device that is open, sectors. */
+/**
+ * stb_bdev_nr_sect() - size of a device
+ * @bdev: device that is open
+ *
+ * Return: sectors.
+ */
 static inline sector_t stb_bdev_nr_sect(struct block_device *bdev)
 {
 #if STB_HAS_HD_STRUCT
@@ -116,7 +130,12 @@ static inline sector_t stb_bdev_nr_sect(struct block_device *bdev)
 #endif
 }
 
-/* Absolute first sector on its disk of a device that is open. */
+/**
+ * stb_bdev_start() - where a device begins
+ * @bdev: device that is open
+ *
+ * Return: its first sector, counted on its disk.
+ */
 static inline sector_t stb_bdev_start(struct block_device *bdev)
 {
 #if STB_HAS_HD_STRUCT
@@ -126,6 +145,12 @@ static inline sector_t stb_bdev_start(struct block_device *bdev)
 #endif
 }
 
+/**
+ * stb_disk_live() - is a disk there still?
+ * @disk: disk
+ *
+ * Return: false once it has been unplugged.
+ */
 static inline bool stb_disk_live(struct gendisk *disk)
 {
 #if STB_HAS_HD_STRUCT
@@ -135,6 +160,12 @@ static inline bool stb_disk_live(struct gendisk *disk)
 #endif
 }
 
+/**
+ * stb_fd_file() - the file of a descriptor
+ * @f: from fdget()
+ *
+ * Return: the file, or NULL.
+ */
 static inline struct file *stb_fd_file(struct fd f)
 {
 #if STB_KERNEL(6, 12)
@@ -144,7 +175,12 @@ static inline struct file *stb_fd_file(struct fd f)
 #endif
 }
 
-/* Does the driver take pages beside bios, where the hook cannot see them? */
+/**
+ * stb_has_rw_page() - does a driver take pages beside bios?
+ * @disk: its disk
+ *
+ * Return: true where the hook cannot see them.
+ */
 static inline bool stb_has_rw_page(struct gendisk *disk)
 {
 #if STB_KERNEL(6, 5)
@@ -154,12 +190,23 @@ static inline bool stb_has_rw_page(struct gendisk *disk)
 #endif
 }
 
+/**
+ * stb_is_dax() - may a disk be written to by stores into mapped memory?
+ * @disk: disk
+ *
+ * Return: true if so.
+ */
 static inline bool stb_is_dax(struct gendisk *disk)
 {
 	return blk_queue_dax(disk->queue);
 }
 
-/* Writes that the disk's driver has accounted and not completed. */
+/**
+ * stb_disk_inflight_writes() - writes that a driver has accounted and not completed
+ * @disk: its disk
+ *
+ * Return: how many, partitions included.
+ */
 static inline unsigned int stb_disk_inflight_writes(struct gendisk *disk)
 {
 	unsigned int nr = 0;
@@ -190,6 +237,12 @@ static inline unsigned int stb_disk_inflight_writes(struct gendisk *disk)
  * Bios.
  */
 
+/**
+ * stb_bio_disk() - where a bio goes
+ * @bio: bio
+ *
+ * Return: the disk.
+ */
 static __always_inline struct gendisk *stb_bio_disk(struct bio *bio)
 {
 #if STB_HAS_HD_STRUCT
@@ -199,11 +252,14 @@ static __always_inline struct gendisk *stb_bio_disk(struct bio *bio)
 #endif
 }
 
-/*
- * First sector, on the whole disk, of a bio that has not been submitted. A bio
- * carries sectors of its device until the block layer has remapped it.
+/**
+ * stb_bio_sector() - first sector of a bio, counted on its disk
+ * @bio: bio that has not been submitted
+ *
+ * A bio carries sectors of its device until the block layer has remapped it.
  *
  * Context: RCU read-side section.
+ * Return: the sector.
  */
 static __always_inline sector_t stb_bio_sector(struct bio *bio)
 {
@@ -226,6 +282,14 @@ static __always_inline sector_t stb_bio_sector(struct bio *bio)
 #endif
 }
 
+/**
+ * stb_bio_init() - prepare a bio
+ * @bio: bio
+ * @bdev: where it goes
+ * @table: its vector
+ * @max: length of @table
+ * @opf: operation and flags
+ */
 static inline void stb_bio_init(struct bio *bio, struct block_device *bdev,
 				struct bio_vec *table, unsigned short max,
 				blk_opf_t opf)
@@ -239,7 +303,15 @@ static inline void stb_bio_init(struct bio *bio, struct block_device *bdev,
 #endif
 }
 
-/* A clone for @bdev that shares the pages of @bio, or NULL. */
+/**
+ * stb_bio_clone() - clone a bio, sharing its pages
+ * @bdev: where the clone goes
+ * @bio: bio
+ * @gfp: how to allocate
+ * @bs: from where
+ *
+ * Return: the clone, or NULL.
+ */
 static inline struct bio *stb_bio_clone(struct block_device *bdev,
 					struct bio *bio, gfp_t gfp,
 					struct bio_set *bs)
@@ -268,6 +340,12 @@ static inline struct bio *stb_bio_clone(struct block_device *bdev,
  * Freezing: of file systems, and of request queues.
  */
 
+/**
+ * stb_freeze_super() - freeze a file system
+ * @sb: its super block
+ *
+ * Return: 0 or a negative errno.
+ */
 static inline int stb_freeze_super(struct super_block *sb)
 {
 #if STB_KERNEL(6, 15)
@@ -285,6 +363,12 @@ static inline int stb_freeze_super(struct super_block *sb)
 #endif
 }
 
+/**
+ * stb_thaw_super() - undo stb_freeze_super()
+ * @sb: super block
+ *
+ * Return: 0 or a negative errno.
+ */
 static inline int stb_thaw_super(struct super_block *sb)
 {
 #if STB_KERNEL(6, 15)
@@ -302,7 +386,10 @@ static inline int stb_thaw_super(struct super_block *sb)
 #endif
 }
 
-/* Undo blk_freeze_queue_start(). */
+/**
+ * stb_unfreeze_queue() - undo blk_freeze_queue_start()
+ * @q: request queue
+ */
 static inline void stb_unfreeze_queue(struct request_queue *q)
 {
 #if STB_KERNEL(6, 14)
@@ -364,6 +451,12 @@ static inline struct gendisk *stb_alloc_disk(struct block_device *like)
 #endif
 }
 
+/**
+ * stb_add_disk() - make a disk visible
+ * @disk: disk of ours
+ *
+ * Return: 0 or a negative errno.
+ */
 static inline int stb_add_disk(struct gendisk *disk)
 {
 #if STB_KERNEL(5, 16)
@@ -374,7 +467,11 @@ static inline int stb_add_disk(struct gendisk *disk)
 #endif
 }
 
-/* Let go of a disk of ours; @added tells whether it was ever visible. */
+/**
+ * stb_put_disk() - let go of a disk
+ * @disk: disk of ours, not visible
+ * @added: it has been visible
+ */
 static inline void stb_put_disk(struct gendisk *disk, bool added)
 {
 #if !STB_KERNEL(5, 15)
@@ -421,7 +518,12 @@ static __always_inline bool stb_is_own_text(unsigned long address)
 #endif
 }
 
-/* The bio that a call of submit_bio_noacct() carries. */
+/**
+ * stb_ftrace_bio() - the bio that a call of submit_bio_noacct() carries
+ * @regs: registers at its entry
+ *
+ * Return: the bio.
+ */
 static __always_inline struct bio *stb_ftrace_bio(struct stb_ftrace_regs *regs)
 {
 #if STB_KERNEL(6, 4)
@@ -433,7 +535,11 @@ static __always_inline struct bio *stb_ftrace_bio(struct stb_ftrace_regs *regs)
 #endif
 }
 
-/* Let the call return into @to, which has the same signature. */
+/**
+ * stb_ftrace_redirect() - call another function in the place of the hooked one
+ * @regs: registers at its entry
+ * @to: function with the same signature
+ */
 static __always_inline void
 stb_ftrace_redirect(struct stb_ftrace_regs *regs,
 		    stb_submit_ret_t (*to)(struct bio *bio))

@@ -469,6 +469,8 @@ u32 stb_cow_overdue(struct stb_cow *cow)
  * @r: in: sectors wanted; out: shortened to what lies in one place
  * @reader: filled and registered for STB_PLACE_ORIGIN
  * @slots: out: place of the first chunk, for STB_PLACE_STORE
+ *
+ * Return: which place that is.
  */
 enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
 			    struct stb_reader *reader, struct stb_slots *slots)
@@ -539,7 +541,7 @@ void stb_cow_reader_done(struct stb_cow *cow, struct stb_reader *reader)
  * @cow: cow
  * @r: sectors
  *
- * A hint, right at some moment during the call.
+ * Return: true if so; a hint, right at some moment during the call.
  */
 bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r)
 {
@@ -601,6 +603,7 @@ void stb_cow_sort_areas(struct stb_cow *cow)
  * @own: snapshot whose store it is
  *
  * Context: RCU read-side section.
+ * Return: true if so.
  */
 bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
 			  const struct stb_snapshot *own)

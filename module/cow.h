@@ -23,15 +23,15 @@ struct stb_tracker;
 /* A chunk that is not safe by then fails the snapshot. */
 #define STB_JOB_TIMEOUT		(30 * HZ)
 
-/*
- * A copy of up to STB_JOB_CHUNKS neighbouring chunks.
+/**
+ * enum stb_job_state - life of a copy of up to STB_JOB_CHUNKS neighbouring chunks
+ * @STB_JOB_FREE: there is none
+ * @STB_JOB_READING: old data is on its way from the origin into the job's pages
+ * @STB_JOB_STORING: it is safe in memory and on its way to the store; image
+ *	reads of these chunks wait for the store. As soon as no image read of
+ *	them is in flight to the origin, they are open: writes may pass
  *
  *   FREE -> READING -> STORING -> (stored and opened) -> FREE
- *
- * READING: old data is on its way from the origin into the job's pages.
- * STORING: it is safe in memory and on its way to the store; image reads of
- *          these chunks wait for the store. As soon as no image read of them
- *          is in flight to the origin, they are open: writes may pass.
  */
 enum stb_job_state {
 	STB_JOB_FREE,
@@ -85,7 +85,11 @@ struct stb_reader {
 	u64 last;
 };
 
-/* A half-open range of chunks of an origin that holds store. */
+/**
+ * struct stb_area - chunks of an origin that hold store
+ * @first: first chunk
+ * @end: behind the last chunk
+ */
 struct stb_area {
 	u64 first;
 	u64 end;
@@ -141,12 +145,19 @@ struct stb_cow {
 	struct stb_job *jobs;
 };
 
-/* Where the image finds a run of chunks. */
+/**
+ * enum stb_place - where the image finds a run of chunks
+ * @STB_PLACE_ORIGIN: on the origin; the reader has been registered
+ * @STB_PLACE_STORE: in the store
+ * @STB_PLACE_ZERO: nowhere: the store was here at the instant
+ * @STB_PLACE_IN_TRANSIT: on its way to the store: wait
+ * @STB_PLACE_ERROR: lost
+ */
 enum stb_place {
-	STB_PLACE_ORIGIN,	/* the reader has been registered */
+	STB_PLACE_ORIGIN,
 	STB_PLACE_STORE,
-	STB_PLACE_ZERO,		/* the store was here at the instant */
-	STB_PLACE_IN_TRANSIT,	/* on its way to the store: wait */
+	STB_PLACE_ZERO,
+	STB_PLACE_IN_TRANSIT,
 	STB_PLACE_ERROR,
 };
 
@@ -178,6 +189,12 @@ static inline void stb_cow_overload(struct stb_cow *cow)
 	WRITE_ONCE(cow->overloaded, true);
 }
 
+/**
+ * stb_cow_work() - what has to run when the hook has held a write
+ * @cow: cow
+ *
+ * Return: its work item.
+ */
 static inline struct work_struct *stb_cow_work(struct stb_cow *cow)
 {
 	return &cow->work;
@@ -189,6 +206,8 @@ static inline struct work_struct *stb_cow_work(struct stb_cow *cow)
  * @r: sectors
  *
  * Called from the ftrace callback.
+ *
+ * Return: true when all chunks of it are open.
  */
 static __always_inline bool stb_cow_is_open(struct stb_cow *cow,
 					    struct stb_range r)

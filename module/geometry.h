@@ -27,27 +27,56 @@
 /* The change map of a very large device stays under this many bytes. */
 #define STB_MAP_MAX_BYTES	(64ul << 20)
 
-/* A half-open range of sectors, relative to the tracked device. */
+/**
+ * struct stb_range - sectors, relative to the tracked device
+ * @first: first sector
+ * @end: behind the last sector
+ */
 struct stb_range {
 	sector_t first;
 	sector_t end;
 };
 
+/**
+ * stb_chunk_of() - the chunk that a sector lies in
+ * @sect: sector
+ *
+ * Return: the chunk.
+ */
 static inline u64 stb_chunk_of(sector_t sect)
 {
 	return sect / STB_CHUNK_SECT;
 }
 
+/**
+ * stb_last_chunk() - the last chunk that a range touches
+ * @r: sectors, not empty
+ *
+ * Return: the chunk.
+ */
 static inline u64 stb_last_chunk(struct stb_range r)
 {
 	return (r.end - 1) / STB_CHUNK_SECT;
 }
 
+/**
+ * stb_nr_chunks() - chunks of a device
+ * @nr_sect: its size, sectors
+ *
+ * Return: how many, the last one may be shorter.
+ */
 static inline u64 stb_nr_chunks(sector_t nr_sect)
 {
 	return DIV_ROUND_UP_ULL(nr_sect, STB_CHUNK_SECT);
 }
 
+/**
+ * stb_nr_blocks() - blocks of a device
+ * @nr_sect: its size, sectors
+ * @block_shift: log2 of the block size in bytes
+ *
+ * Return: how many, the last one may be shorter.
+ */
 static inline u64 stb_nr_blocks(sector_t nr_sect, unsigned int block_shift)
 {
 	return DIV_ROUND_UP_ULL(nr_sect, 1ull << (block_shift - SECTOR_SHIFT));

@@ -323,6 +323,7 @@ static int hook_register(u32 *reason)
 {
 	int ret;
 
+	lockdep_assert_held(&hook_mutex);
 	ret = ftrace_set_filter(&hook_ops, STB_HOOK_TARGET,
 				strlen(STB_HOOK_TARGET), 1);
 	if (!ret)
@@ -341,6 +342,7 @@ static int hook_register(u32 *reason)
 
 static void hook_unregister(void)
 {
+	lockdep_assert_held(&hook_mutex);
 	unregister_ftrace_function(&hook_ops);
 	hook_free_filter();
 }
@@ -356,10 +358,13 @@ static void hook_unregister(void)
 int stb_hook_try(void)
 {
 	u32 reason;
-	int ret = hook_register(&reason);
+	int ret;
 
+	mutex_lock(&hook_mutex);
+	ret = hook_register(&reason);
 	if (!ret)
 		hook_unregister();
+	mutex_unlock(&hook_mutex);
 	return ret;
 }
 

@@ -272,6 +272,8 @@ static const struct block_device_operations image_ops = {
 /**
  * stb_is_image() - is a disk one of our images?
  * @disk: disk
+ *
+ * Return: true if so.
  */
 bool stb_is_image(struct gendisk *disk)
 {

@@ -443,6 +443,7 @@ static void snapshot_release_origins(struct stb_snapshot *s)
 {
 	u32 i;
 
+	stb_assert_control();
 	snapshot_set_state(s, STB_SNAPSHOT_ENDED, 0);
 	for (i = 0; i < s->nr_images; i++) {
 		struct stb_tracker *t = s->images[i].cow.tracker;

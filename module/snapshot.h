@@ -14,7 +14,13 @@
 
 #define STB_MAX_EVENTS	32
 
-/*
+/**
+ * enum stb_snapshot_phase - life of a snapshot
+ * @STB_SNAPSHOT_PREPARING: the instant is still to come
+ * @STB_SNAPSHOT_HELD: its images are right
+ * @STB_SNAPSHOT_FAILED: its images are wrong
+ * @STB_SNAPSHOT_ENDED: it is let go
+ *
  * PREPARING --> HELD --> FAILED --> ENDED
  *     |           |                  ^ ^
  *     |           +------------------+ |
@@ -84,6 +90,8 @@ void stb_snapshot_low(struct stb_snapshot *s);
  *
  * An image read asks after its data has arrived: the phase changes before any
  * write passes unpreserved.
+ *
+ * Return: true in STB_SNAPSHOT_HELD.
  */
 static inline bool stb_snapshot_held(struct stb_snapshot *s)
 {

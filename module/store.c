@@ -347,6 +347,7 @@ int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
 {
 	int ret = -EINVAL;
 
+	stb_assert_control();
 	*reason = STILLBLOCK_REASON_NONE;
 	if (spec->pad)
 		return -EINVAL;

@@ -107,6 +107,7 @@ static void counted_end_io(struct bio *bio)
  * be held; what copy-on-write had to preserve beneath it has been preserved.
  *
  * Context: any.
+ * Return: true if so.
  */
 bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio)
 {
@@ -333,6 +334,7 @@ void stb_tracker_ungate(struct stb_tracker *t)
  * @t: tracker
  *
  * Context: control mutex held.
+ * Return: the map.
  */
 struct stb_change_map *stb_tracker_map(struct stb_tracker *t)
 {

@@ -18,8 +18,11 @@
 struct stb_cow;
 struct stb_snapshot;
 
-/*
- * What happens to a write of a tracked device.
+/**
+ * enum stb_mode - what happens to a write of a tracked device
+ * @STB_PASS: counted, marked and passed
+ * @STB_GATE: held until the flip
+ * @STB_COW: held only while old data beneath it is being preserved
  *
  *           gate               flip
  *   PASS ----------> GATE ----------> COW
@@ -30,19 +33,24 @@ struct stb_snapshot;
  * Changed by stb_tracker_set_mode() alone.
  */
 enum stb_mode {
-	STB_PASS,	/* counted, marked and passed */
-	STB_GATE,	/* held until the flip */
-	STB_COW,	/* held only while old data beneath it is being preserved */
+	STB_PASS,
+	STB_GATE,
+	STB_COW,
 };
 
-/*
- * Are all writes in flight known? Those from before the attach are not, nor
- * those for which there was no memory to count them.
+/**
+ * enum stb_uncounted - are all writes in flight known?
+ * @STB_UNCOUNTED_NONE: yes
+ * @STB_UNCOUNTED_QUEUED: some that are not are in the device's queue
+ * @STB_UNCOUNTED_ANYWHERE: a preempted task may be on its way there with one
+ *
+ * Those from before the attach are not, nor those for which there was no memory
+ * to count them.
  */
 enum stb_uncounted {
 	STB_UNCOUNTED_NONE,
-	STB_UNCOUNTED_QUEUED,	/* some are in the device's queue */
-	STB_UNCOUNTED_ANYWHERE,	/* a preempted task may be on its way there */
+	STB_UNCOUNTED_QUEUED,
+	STB_UNCOUNTED_ANYWHERE,
 };
 
 /**

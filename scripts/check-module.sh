@@ -1,0 +1,70 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# The kernel's own checkers over module/: checkpatch --strict, kernel-doc, and
+# for each kernel the compiler with W=1 and sparse. One line per finding.
+#
+#   scripts/check-module.sh [KERNEL]...      (default: all stock kernels)
+#
+# checkpatch is that of Debian's sources of 6.1, which the kernel `debug` brings;
+# kernel-doc that of 6.12's headers.
+. "$(dirname "$0")/common.sh"
+cd "$checkout"
+
+# What checkpatch may say, as FILE:TYPE.
+exceptions=(
+    # The one file that tests versions, so that no other has to.
+    compat.h:LINUX_VERSION_CODE
+    # The layout of TRACE_EVENT() everywhere in include/trace/events.
+    trace.h:OPEN_ENDED_LINE
+    trace.h:PARENTHESIS_ALIGNMENT
+)
+
+# checkpatch_findings: those that are no exceptions, and exceptions that nothing needs.
+checkpatch_findings() {
+    local path text type exception seen=' '
+    while IFS= read -r text; do
+        path=${text%%:*}
+        type=$(sed -E 's/^[^ ]* [A-Z]+:([A-Z_]+): .*/\1/' <<<"$text")
+        exception=$(basename "$path"):$type
+        case " ${exceptions[*]} " in
+        *" $exception "*) seen+="$exception " ;;
+        *) printf '%s\n' "$text" ;;
+        esac
+    done < <(perl "$checkpatch" --strict --no-tree --terse --show-types --no-summary -f "${sources[@]}")
+    for exception in "${exceptions[@]}"; do
+        case $seen in
+        *" $exception "*) ;;
+        *) echo "scripts/check-module.sh: nothing needs the exception $exception" ;;
+        esac
+    done
+}
+
+# undocumented: functions, structures and enumerations in headers that no kernel-doc describes.
+undocumented() {
+    local header name
+    for header in module/*.h; do
+        while read -r name; do
+            grep -qF " * $name - " module/*.[ch] || echo "$header: no kernel-doc: $name"
+        done < <(sed -nE 's/^((struct|enum) stb_[a-z0-9_]+) \{$/\1/p; /^[#\t ]/!s/^(.*[ *])?(stb_[a-z0-9_]+)\(.*/\2()/p' "$header" | sort -u)
+    done
+}
+
+# shellcheck disable=SC2086  # a list
+[ $# -gt 0 ] || set -- ${kernels/debug/}
+for kernel; do need_kernel "$kernel"; done
+command -v perl >/dev/null || die 'perl is missing: apt-get install perl'
+"$checkout/scripts/kernels.sh" 6.12 debug
+checkpatch=$(echo "$cache"/kernels/debug/usr/src/linux-headers-*/scripts/checkpatch.pl)
+kernel_doc=$(echo "$cache"/kernels/6.12/usr/lib/linux-kbuild-*/scripts/kernel-doc)
+sources=(module/*.[ch] module/uapi/linux/*.h)
+findings=$(
+    checkpatch_findings
+    perl "$kernel_doc" -none -Wall "${sources[@]}" 2>&1
+    undocumented
+)
+[ -z "$findings" ] || printf '%s\n' "$findings" >&2
+for kernel; do
+    STILLBLOCK_MODULE_OUTPUT=$checkout/build/check-$kernel "$checkout/scripts/build-module.sh" "$kernel" W=1 C=2 ||
+        findings+=" $kernel"
+done
+[ -z "$findings" ] || die 'module/ is not clean: see above'
