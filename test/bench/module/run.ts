@@ -4,14 +4,16 @@
 // depend on this machine; latencies are taken side by side with dm-snapshot, on
 // the same disks in the same guest, and only their ratios mean anything.
 //
-//   node dist/test/bench/module/run.js [--kernel 6.1]... [--json FILE]
+//   node dist/test/bench/module/run.js [--kernel 6.1]... [--part instructions|latencies]
+//       [--json FILE] [--docs]
+//
+// --docs writes the tables into docs/benchmarks.md.
 
 import { execFileSync } from 'node:child_process';
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
 import { parseArgs } from 'node:util';
-import Table from 'cli-table3';
 import { checkout, type KernelName, kernelNames, stockKernel } from '../../vm/checkout.ts';
 import type { GuestCommand } from '../../vm/command.ts';
 import { bootGuest, type Guest } from '../../vm/guest.ts';
@@ -59,10 +61,16 @@ interface Instructions {
   readonly heldFirst: number;
 }
 
-interface Result {
-  readonly kernel: string;
+const parts = ['instructions', 'latencies'] as const;
+type Part = (typeof parts)[number];
+
+interface Counted {
   readonly release: string;
   readonly instructions: Instructions;
+}
+
+interface Timed {
+  readonly release: string;
   readonly latencies: Latencies;
 }
 
@@ -313,37 +321,56 @@ async function measureInstructions(kernel: KernelName): Promise<Instructions> {
   }
 }
 
-const percent = (value: number, base: number): string =>
-  `${value >= base ? '+' : ''}${(((value - base) / base) * 100).toFixed(1)} %`;
+/** A Markdown table. */
+const table = (rows: readonly (readonly string[])[]): string => {
+  const [head = [], ...body] = rows;
+  return [head, head.map(() => '---'), ...body].map((row) => `| ${row.join(' | ')} |`).join('\n');
+};
 
-function instructionTable(results: readonly Result[]): string {
-  const table = new Table({
-    head: ['instructions per 4 KiB write', ...results.map(({ release }) => release)],
-    style: { head: [], border: [] },
-  });
-  const row = (name: string, key: keyof Instructions): void => {
-    table.push([
-      name,
-      ...results.map(({ instructions }) => {
-        const value = instructions[key];
-        return key === 'noHook'
-          ? String(value)
-          : `${value} (${percent(value, instructions.noHook)})`;
-      }),
-    ]);
-  };
-  row('no hook', 'noHook');
-  row('hook, another device tracked', 'untracked');
-  row('tracked', 'tracked');
-  row('snapshot held, block preserved before', 'heldAgain');
-  row('snapshot held, first write (whole work)', 'heldFirst');
-  return table.toString();
+const plus = (value: number, base: number): string =>
+  `${value} (${value >= base ? '+' : ''}${value - base}, ${(((value - base) / base) * 100).toFixed(1)} %)`;
+
+function instructionTable(results: readonly Counted[]): string {
+  const row = (name: string, key: keyof Instructions): string[] => [
+    name,
+    ...results.map(({ instructions }) =>
+      key === 'noHook' ? String(instructions.noHook) : plus(instructions[key], instructions.noHook),
+    ),
+  ];
+  return table([
+    ['instructions per 4 KiB write', ...results.map(({ release }) => release)],
+    row('no hook', 'noHook'),
+    row('another device tracked (aim: 2 %)', 'untracked'),
+    row('tracked (aim: 4 %)', 'tracked'),
+    row('snapshot held, old data preserved before', 'heldAgain'),
+    row('snapshot held, first write, all of the work', 'heldFirst'),
+  ]);
 }
 
-function latencyTable({ release, latencies }: Result): string {
+function latencyTable({ release, latencies }: Timed): string {
   const { plain, stillblock, dmSnapshot } = latencies;
-  const table = new Table({
-    head: [
+  const us = (ns: number): string => (ns / 1000).toFixed(0);
+  const row = (name: string, held: Held): string[] => [
+    name,
+    us(held.first.p50),
+    us(held.first.p99),
+    us(held.again.p50),
+    us(held.again.p99),
+    held.copied.toFixed(1),
+    held.cleanRead.toFixed(2),
+  ];
+  const ratio = ({ chunkBytes, ...dm }: Held & { readonly chunkBytes: number }): string[] => {
+    const of = (of: 'first' | 'again', figure: 'p50' | 'p99'): string =>
+      (stillblock[of][figure] / dm[of][figure]).toFixed(2);
+    return [
+      `ratio to dm-snapshot, ${chunkBytes / 1024} KiB`,
+      ...[of('first', 'p50'), of('first', 'p99'), of('again', 'p50'), of('again', 'p99')],
+      (stillblock.copied / dm.copied).toFixed(1),
+      (stillblock.cleanRead / dm.cleanRead).toFixed(1),
+    ];
+  };
+  return table([
+    [
       `4 KiB direct writes, ${release}`,
       'first p50 µs',
       'p99 µs',
@@ -352,45 +379,40 @@ function latencyTable({ release, latencies }: Result): string {
       'copied per byte',
       'image read, of origin',
     ],
-    style: { head: [], border: [] },
-  });
-  const us = (ns: number): string => (ns / 1000).toFixed(0);
-  table.push(['plain disk', '', '', us(plain.p50), us(plain.p99), '', '']);
-  const rows: [string, Held][] = [
-    ['Stillblock', stillblock],
-    ...dmSnapshot.map((held): [string, Held] => [
-      `dm-snapshot, ${held.chunkBytes / 1024} KiB chunks`,
-      held,
-    ]),
-  ];
-  for (const [name, held] of rows) {
-    table.push([
-      name,
-      us(held.first.p50),
-      us(held.first.p99),
-      us(held.again.p50),
-      us(held.again.p99),
-      held.copied.toFixed(1),
-      held.cleanRead.toFixed(2),
-    ]);
-  }
-  return table.toString();
+    ['plain disk', '', '', us(plain.p50), us(plain.p99), '', ''],
+    row('Stillblock', stillblock),
+    ...dmSnapshot.map((held) => row(`dm-snapshot, ${held.chunkBytes / 1024} KiB chunks`, held)),
+    ...dmSnapshot.map(ratio),
+  ]);
 }
 
-function isKernel(name: string): name is KernelName {
-  return kernelNames.some((known) => known === name);
+/** Puts a table into docs/benchmarks.md, in the place that is kept for it. */
+function intoDocs(part: Part, text: string): void {
+  const path = join(checkout, 'docs/benchmarks.md');
+  const [begin, end] = [
+    `<!-- bench:module ${part} begins -->`,
+    `<!-- bench:module ${part} ends -->`,
+  ];
+  const docs = readFileSync(path, 'utf8');
+  const [before, after] = [docs.indexOf(begin), docs.indexOf(end)];
+  if (before < 0 || after < before) throw new Error(`${path} has no place for ${part}`);
+  writeFileSync(path, `${docs.slice(0, before)}${begin}\n${text}\n${docs.slice(after)}`);
 }
 
 const { values } = parseArgs({
   options: {
     kernel: { type: 'string', multiple: true, default: ['6.1'] },
+    part: { type: 'string', multiple: true, default: [...parts] },
     json: { type: 'string' },
+    docs: { type: 'boolean', default: false },
   },
 });
-const kernels = values.kernel.filter(isKernel);
+const kernels = kernelNames.filter((name) => values.kernel.includes(name));
 if (kernels.length !== values.kernel.length) {
   throw new Error(`--kernel is one of ${kernelNames.join(', ')}`);
 }
+const chosen = parts.filter((name) => values.part.includes(name));
+if (chosen.length !== values.part.length) throw new Error(`--part is one of ${parts.join(', ')}`);
 mkdirSync(join(checkout, 'build/bench'), { recursive: true });
 execFileSync('gcc-12', [
   '-O2',
@@ -401,16 +423,27 @@ execFileSync('gcc-12', [
   writesProgram,
   join(checkout, 'test/bench/module/writes.c'),
 ]);
-const results: Result[] = [];
+const counted: Counted[] = [];
+const timed: Timed[] = [];
 for (const kernel of kernels) {
-  say(`${kernel}: counting instructions`);
-  const instructions = await measureInstructions(kernel);
-  say(`${kernel}: writing beside dm-snapshot`);
-  const latencies = await measureLatencies(kernel);
-  results.push({ kernel, release: stockKernel(kernel).release, instructions, latencies });
+  const { release } = stockKernel(kernel);
+  if (chosen.includes('instructions')) {
+    say(`${kernel}: counting instructions`);
+    counted.push({ release, instructions: await measureInstructions(kernel) });
+  }
+  if (chosen.includes('latencies')) {
+    say(`${kernel}: writing beside dm-snapshot`);
+    timed.push({ release, latencies: await measureLatencies(kernel) });
+  }
 }
-process.stdout.write(`${instructionTable(results)}\n`);
-for (const result of results) process.stdout.write(`${latencyTable(result)}\n`);
+const tables: Record<Part, string> = {
+  instructions: instructionTable(counted),
+  latencies: timed.map(latencyTable).join('\n\n'),
+};
+for (const part of chosen) {
+  process.stdout.write(`${tables[part]}\n\n`);
+  if (values.docs) intoDocs(part, tables[part]);
+}
 if (values.json !== undefined) {
-  writeFileSync(values.json, `${JSON.stringify(results, null, 2)}\n`);
+  writeFileSync(values.json, `${JSON.stringify({ counted, timed }, null, 2)}\n`);
 }
