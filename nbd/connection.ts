@@ -9,11 +9,13 @@
  * ```
  */
 import type { Socket } from 'node:net';
+import { type Identity, nameOf, PLAIN } from './access.ts';
 import { type BufferPool, ConnectionBudget, type SharedBudget } from './budget.ts';
 import type { Export } from './export.ts';
 import type { ExportFigures } from './figures.ts';
 import {
   type Agreement,
+  afterTls,
   HANDSHAKE_START,
   type HandshakeEffect,
   type HandshakeState,
@@ -22,6 +24,7 @@ import {
 } from './handshake.ts';
 import type { Limits } from './limits.ts';
 import type { Logger } from './logger.ts';
+import type { TlsAcceptor, TlsSession } from './tls.ts';
 import { Transmission } from './transmission.ts';
 import { encodeGreeting } from './wire.ts';
 
@@ -30,8 +33,10 @@ export interface ConnectionHost {
   readonly limits: Limits;
   readonly shared: SharedBudget;
   readonly pool: BufferPool;
-  /** What is offered now. */
-  offer(): Offer;
+  /** What is offered to a client now. */
+  offer(client: Identity): Offer;
+  /** Absent where TLS is never offered. */
+  readonly tls: TlsAcceptor | undefined;
   hasFailed(served: Export): boolean;
   /** What is counted for an export. */
   figures(served: Export): ExportFigures;
@@ -42,13 +47,15 @@ export interface ConnectionHost {
 }
 
 export class Connection {
-  readonly #socket: Socket;
+  /** What is spoken on: the client's socket, or TLS on top of it. */
+  #socket: Socket;
   readonly #host: ConnectionHost;
   #logger: Logger;
   #phase: 'handshake' | 'transmission' | 'ending' | 'closed' = 'handshake';
   #timer: NodeJS.Timeout | undefined;
 
   #handshake: HandshakeState = HANDSHAKE_START;
+  #client: Identity = PLAIN;
   /** Received in the handshake and not consumed. */
   #received: Buffer[] = [];
   #receivedBytes = 0;
@@ -70,10 +77,7 @@ export class Connection {
   /** Greets the client and serves it until the end. */
   start(): void {
     const socket = this.#socket;
-    socket.on('data', (chunk: Buffer) => this.#onData(chunk));
-    socket.on('drain', () => this.#onDrain());
-    socket.on('end', () => this.#onEnd());
-    socket.on('error', (err) => this.#logger.debug({ err }, 'connection lost'));
+    this.#listen();
     socket.on('close', () => this.#onClose());
     this.#timer = setTimeout(
       () => this.#abort('handshake took too long', true),
@@ -81,6 +85,18 @@ export class Connection {
     );
     this.#logger.debug({}, 'client connected');
     socket.write(encodeGreeting());
+  }
+
+  #listen(): void {
+    const socket = this.#socket;
+    socket.on('data', (chunk: Buffer) => this.#onData(chunk));
+    socket.on('drain', () => this.#onDrain());
+    socket.on('end', () => this.#onEnd());
+    socket.on('error', (err) => {
+      this.#logger.debug({ err }, 'connection lost');
+      // Node's TLS leaves that to us.
+      socket.destroy();
+    });
   }
 
   /** The export that is being served, after the handshake. */
@@ -168,6 +184,10 @@ export class Connection {
 
   #onClose(): void {
     clearTimeout(this.#timer);
+    if (this.#phase === 'handshake' && this.#handshake.phase === 'startingTls') {
+      const reason = 'TLS: client left; it may not trust our certificate';
+      this.#logger.warn({ reason }, 'connection dropped');
+    }
     this.#phase = 'closed';
     this.#received = [];
     this.#transmission?.destroy();
@@ -184,7 +204,7 @@ export class Connection {
       // Only put together when a whole message may be there: a byte at a time costs no more.
       const input = this.#received.length === 1 ? this.#received[0] : undefined;
       const whole = input ?? Buffer.concat(this.#received);
-      const step = stepHandshake(this.#handshake, whole, this.#host.offer());
+      const step = stepHandshake(this.#handshake, whole, this.#host.offer(this.#client));
       this.#handshake = step.state;
       const rest = whole.subarray(step.consumedBytes);
       this.#received = rest.length > 0 ? [rest] : [];
@@ -204,6 +224,9 @@ export class Connection {
           this.#socket.pause();
         }
         return;
+      case 'startTls':
+        this.#startTls(effect.acknowledgement);
+        return;
       case 'transmit':
         this.#startTransmission(effect.agreement);
         return;
@@ -218,6 +241,60 @@ export class Connection {
       default:
         effect satisfies never;
     }
+  }
+
+  /**
+   * Hands the socket over to TLS as soon as the acknowledgement has left in plain text. What
+   * has arrived by then was sent in plain text, by whomever: it is thrown away.
+   */
+  #startTls(acknowledgement: Buffer): void {
+    const socket = this.#socket;
+    const { tls } = this.#host;
+    if (tls === undefined) {
+      throw new Error('TLS was agreed on where there is none');
+    }
+    for (const event of ['data', 'drain', 'end']) {
+      socket.removeAllListeners(event);
+    }
+    socket.pause();
+    let thrownAwayBytes = this.#receivedBytes;
+    this.#received = [];
+    this.#receivedBytes = 0;
+    socket.write(acknowledgement, () => {
+      if (socket.readableLength > 0) {
+        thrownAwayBytes += (socket.read() as Buffer).length;
+      }
+      if (thrownAwayBytes > 0) {
+        this.#logger.warn({ thrownAwayBytes }, 'plain text behind STARTTLS is thrown away');
+      }
+      if (this.#phase === 'handshake') {
+        tls.accept(socket).then(
+          (session) => this.#onTls(session),
+          (err: unknown) => {
+            this.#logger.debug({ err }, 'no TLS');
+            this.#abort(err instanceof Error ? err.message : String(err), true);
+          },
+        );
+      }
+    });
+  }
+
+  #onTls({ stream, client, protocol, cipher }: TlsSession): void {
+    if (this.#phase !== 'handshake') {
+      stream.destroy();
+      return;
+    }
+    this.#socket = stream;
+    this.#client = client;
+    this.#handshake = afterTls(this.#handshake);
+    this.#blocked = false;
+    const name = nameOf(client);
+    if (name !== undefined) {
+      this.#logger = this.#logger.child({ client: name });
+    }
+    this.#logger.debug({ protocol, cipher }, 'TLS is on');
+    this.#neededBytes = 1;
+    this.#listen();
   }
 
   #startTransmission(agreement: Agreement): void {

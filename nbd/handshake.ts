@@ -6,8 +6,9 @@
  *
  * ```
  *  clientFlags ──known flags──▶ options ──EXPORT_NAME, GO──▶ over (transmission)
- *       │                       │    ▲
- *       │                       │    └── any other option, answered in one write
+ *       │                       │ │  ▲
+ *       │                       │ │  ├── any other option, answered in one write
+ *       │                       │ └─STARTTLS─▶ startingTls ──afterTls()──▶ options
  *       └────── violation ──────┴──ABORT, violation──▶ over (closed)
  * ```
  */
@@ -32,11 +33,13 @@ import {
   NBD_OPT_LIST,
   NBD_OPT_LIST_META_CONTEXT,
   NBD_OPT_SET_META_CONTEXT,
+  NBD_OPT_STARTTLS,
   NBD_OPT_STRUCTURED_REPLY,
   NBD_REP_ACK,
   NBD_REP_ERR_EXT_HEADER_REQD,
   NBD_REP_ERR_INVALID,
   NBD_REP_ERR_POLICY,
+  NBD_REP_ERR_TLS_REQD,
   NBD_REP_ERR_TOO_BIG,
   NBD_REP_ERR_UNKNOWN,
   NBD_REP_ERR_UNSUP,
@@ -59,15 +62,23 @@ import {
   encodeServer,
   type Option,
 } from './options.ts';
+import type { TlsMode } from './tls.ts';
 import type { Decoded, HeaderStyle } from './wire.ts';
 
-/** What the server offers at the moment of a step. */
+/**
+ * What the server offers at the moment of a step, to this client: what it may not know of is
+ * not in it.
+ */
 export interface Offer {
   readonly limits: Limits;
+  /** Whether TLS can be had on this connection, or must be. */
+  readonly tls: TlsMode;
   /** Exports that LIST names. */
   readonly exports: Iterable<Export>;
   /** The export that a name means; the empty name may stand for one that has another. */
   find(name: string): Export | undefined;
+  /** Whether a name that is not found would be for any client within TLS (SELECTIVETLS). */
+  needsTls(name: string): boolean;
   /** Whether one more connection may enter transmission. */
   readonly admits: boolean;
 }
@@ -81,7 +92,9 @@ interface Selection {
 
 /** Where a handshake stands. */
 export interface HandshakeState {
-  readonly phase: 'clientFlags' | 'options' | 'over';
+  readonly phase: 'clientFlags' | 'options' | 'startingTls' | 'over';
+  /** TLS is on. */
+  readonly secure: boolean;
   readonly fixedNewstyle: boolean;
   readonly noZeroes: boolean;
   readonly headers: HeaderStyle;
@@ -99,6 +112,11 @@ export interface Agreement {
 /** Something to be done, in order. */
 export type HandshakeEffect =
   | { readonly kind: 'send'; readonly bytes: Buffer }
+  /**
+   * Send the acknowledgement, then throw away all that has been received: nobody but an
+   * attacker sends more before the acknowledgement. Then TLS begins.
+   */
+  | { readonly kind: 'startTls'; readonly acknowledgement: Buffer }
   | { readonly kind: 'transmit'; readonly agreement: Agreement }
   | { readonly kind: 'close'; readonly reason: string; readonly violation: boolean };
 
@@ -114,6 +132,7 @@ export interface HandshakeStep {
 
 export const HANDSHAKE_START: HandshakeState = {
   phase: 'clientFlags',
+  secure: false,
   fixedNewstyle: false,
   noZeroes: false,
   headers: 'simple',
@@ -141,6 +160,22 @@ export function transmissionFlags(headers: HeaderStyle, asksStatus: boolean): nu
   );
 }
 
+/**
+ * The state once TLS is on. Of what was said in plain text only the client's flags and the
+ * number of its options are left: whoever sat between has no say in the rest.
+ */
+export function afterTls(before: HandshakeState): HandshakeState {
+  const { fixedNewstyle, noZeroes, options } = before;
+  return {
+    ...HANDSHAKE_START,
+    phase: 'options',
+    secure: true,
+    fixedNewstyle,
+    noZeroes,
+    options,
+  };
+}
+
 /** State and effects of one option; the step adds what was consumed. */
 interface Outcome {
   readonly state: HandshakeState;
@@ -153,6 +188,13 @@ function answer(state: HandshakeState, ...replies: Buffer[]): Outcome {
 
 function reject(state: HandshakeState, option: number, type: number, message: string): Outcome {
   return answer(state, encodeReply(option, type, Buffer.from(message, 'utf8')));
+}
+
+/** The answer where there is no export of a name, for this client. */
+function rejectExport(state: HandshakeState, option: number, name: string, offer: Offer): Outcome {
+  return !state.secure && offer.tls !== 'off' && offer.needsTls(name)
+    ? reject(state, option, NBD_REP_ERR_TLS_REQD, 'this export is served within TLS only')
+    : reject(state, option, NBD_REP_ERR_UNKNOWN, 'no such export');
 }
 
 function end(state: HandshakeState, reason: string, violation: boolean, last?: Buffer): Outcome {
@@ -242,7 +284,7 @@ function onInfo(state: HandshakeState, { option, data }: Option, offer: Offer): 
   const { exportName, information } = request.value;
   const found = offer.find(exportName);
   if (found === undefined) {
-    return reject(state, option, NBD_REP_ERR_UNKNOWN, 'no such export');
+    return rejectExport(state, option, exportName, offer);
   }
   if (option === NBD_OPT_GO && !offer.admits) {
     return reject(state, option, NBD_REP_ERR_POLICY, 'too many connections');
@@ -305,7 +347,7 @@ function onMetaContext(state: HandshakeState, { option, data }: Option, offer: O
   }
   const found = offer.find(exportName);
   if (found === undefined) {
-    return reject(next, option, NBD_REP_ERR_UNKNOWN, 'no such export');
+    return rejectExport(next, option, exportName, offer);
   }
   if (!setting) {
     // The id has no meaning in a LIST and is zero.
@@ -325,12 +367,32 @@ function onMetaContext(state: HandshakeState, { option, data }: Option, offer: O
   );
 }
 
+function onStartTls(state: HandshakeState, { option, data }: Option, offer: Offer): Outcome {
+  if (data.length > 0) {
+    return reject(state, option, NBD_REP_ERR_INVALID, 'STARTTLS takes no data');
+  }
+  if (state.secure) {
+    return reject(state, option, NBD_REP_ERR_INVALID, 'TLS is on already');
+  }
+  if (offer.tls === 'off') {
+    return reject(state, option, NBD_REP_ERR_POLICY, 'TLS is not set up here');
+  }
+  return {
+    state: { ...state, phase: 'startingTls' },
+    effects: [{ kind: 'startTls', acknowledgement: encodeReply(option, NBD_REP_ACK) }],
+  };
+}
+
 function onOption(before: HandshakeState, option: Option, offer: Offer): Outcome {
   const state = { ...before, options: before.options + 1 };
   if (state.options > offer.limits.options) {
     return end(state, 'too many options', true);
   }
+  const needsTls = offer.tls === 'require' && !state.secure;
   if (option.option === NBD_OPT_EXPORT_NAME) {
+    if (needsTls) {
+      return end(state, 'EXPORT_NAME without TLS', true);
+    }
     return onExportName(state, option.data, offer);
   }
   if (!state.fixedNewstyle) {
@@ -340,6 +402,18 @@ function onOption(before: HandshakeState, option: Option, offer: Offer): Outcome
   switch (option.option) {
     case NBD_OPT_ABORT:
       return end(state, 'client aborted', false, encodeReply(option.option, NBD_REP_ACK));
+    case NBD_OPT_STARTTLS:
+      return onStartTls(state, option, offer);
+    default:
+      return needsTls
+        ? reject(state, option.option, NBD_REP_ERR_TLS_REQD, 'TLS is required here')
+        : onHaggling(state, option, offer);
+  }
+}
+
+/** Any option that does not end the haggling, where TLS is on or need not be. */
+function onHaggling(state: HandshakeState, option: Option, offer: Offer): Outcome {
+  switch (option.option) {
     case NBD_OPT_LIST:
       return onList(state, option, offer);
     case NBD_OPT_INFO:
@@ -388,6 +462,7 @@ export function stepHandshake(state: HandshakeState, input: Buffer, offer: Offer
       return stepWith(state, decodeOption(input, offer.limits.optionBytes), (option) =>
         onOption(state, option, offer),
       );
+    case 'startingTls':
     case 'over':
       return { state, effects: [], consumedBytes: 0, neededBytes: 0 };
     default:

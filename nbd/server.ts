@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /** The NBD server: what is exported, where it listens, who is connected. */
-import { lstat, stat, unlink } from 'node:fs/promises';
+import { lstat, readFile, readlink, stat, unlink } from 'node:fs/promises';
 import { connect, createServer, isIPv4, isIPv6, type Server, type Socket } from 'node:net';
 import { networkInterfaces } from 'node:os';
 import { dirname, resolve as resolvePath } from 'node:path';
+import { type Access, ANONYMOUS, type Identity, PLAIN } from './access.ts';
 import { BufferPool, SharedBudget } from './budget.ts';
 import { Connection } from './connection.ts';
 import { NBD_DEFAULT_PORT } from './constants.ts';
@@ -13,14 +14,30 @@ import { type ExportFigures, emptyFigures } from './figures.ts';
 import type { Offer } from './handshake.ts';
 import { type Limits, resolveLimits } from './limits.ts';
 import type { Logger } from './logger.ts';
+import { isLocalAddress, type TlsAcceptor, type TlsMode } from './tls.ts';
 
 /** Where to listen: on TCP, port 0 for any free one, or on a unix socket. */
 export type ListenAddress =
   | { readonly host: string; readonly port: number }
   | { readonly path: string };
 
+/** A socket that listens already, and that this process has been given. */
+export interface InheritedSocket {
+  readonly descriptor: number;
+}
+
 /** Where it listens: the port that was found, the path made absolute. */
 export type ListeningAddress = ListenAddress;
+
+/** TLS and who may see what. */
+export interface SecurityOptions {
+  readonly tls: TlsAcceptor;
+  /**
+   * `require`: nobody is served without; `on`: clients of this machine may do without, where
+   * nobody else can listen in.
+   */
+  readonly mode: Exclude<TlsMode, 'off'>;
+}
 
 /** What `sun_path` of a unix socket's address holds without its final zero (unix(7)). */
 const UNIX_PATH_BYTES = 107;
@@ -60,16 +77,37 @@ function reachableHosts(host: string): string[] {
 }
 
 /** The URIs of an export at one address, as the NBD URI specification writes them. */
-function urisAt(address: ListeningAddress, exportName: string): string[] {
+function urisAt({ address, tls }: Listener, exportName: string): string[] {
   const name = encodeForUri(exportName, '@:');
+  const schemes = { off: ['nbd'], on: ['nbds', 'nbd'], require: ['nbds'] }[tls];
   if ('path' in address) {
-    return [`nbd+unix:///${name}?socket=${encodeForUri(address.path, '/')}`];
+    const socket = encodeForUri(address.path, '/');
+    return schemes.map((scheme) => `${scheme}+unix:///${name}?socket=${socket}`);
   }
   const port = address.port === NBD_DEFAULT_PORT ? '' : `:${address.port}`;
-  return reachableHosts(address.host).map((host) => {
+  return reachableHosts(address.host).flatMap((host) => {
     const authority = isIPv6(host) ? `[${host.replace('%', '%25')}]` : host;
-    return `nbd://${authority}${port}/${name}`;
+    return schemes.map((scheme) => `${scheme}://${authority}${port}/${name}`);
   });
+}
+
+/**
+ * The path of an inherited unix socket, from the kernel's list of them; an abstract address
+ * begins with `@`. Undefined for any other socket.
+ */
+async function pathOfSocket(descriptor: number): Promise<string | undefined> {
+  const inode = /^socket:\[(\d+)\]$/.exec(await readlink(`/proc/self/fd/${descriptor}`))?.[1];
+  for (const line of (await readFile('/proc/net/unix', 'utf8')).split('\n')) {
+    // Num RefCount Protocol Flags Type St Inode Path (proc(5))
+    const [, , , , , , found, ...path] = line
+      .trim()
+      .split(' ')
+      .filter((word) => word !== '');
+    if (inode !== undefined && found === inode) {
+      return path.join(' ');
+    }
+  }
+  return undefined;
 }
 
 /** Whether somebody listens on a unix socket. */
@@ -94,14 +132,16 @@ function isListening(path: string): Promise<boolean> {
   });
 }
 
-function listenOn(server: Server, address: ListenAddress): Promise<void> {
+function listenOn(server: Server, address: ListenAddress | InheritedSocket): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once('error', reject);
     const options =
-      'path' in address
-        ? { path: address.path }
-        : // `::` leaves IPv4 alone, so that both wildcards may be given side by side.
-          { host: address.host, port: address.port, ipv6Only: isIPv6(address.host) };
+      'descriptor' in address
+        ? { fd: address.descriptor }
+        : 'path' in address
+          ? { path: address.path }
+          : // `::` leaves IPv4 alone, so that both wildcards may be given side by side.
+            { host: address.host, port: address.port, ipv6Only: isIPv6(address.host) };
     server.listen({ ...options, exclusive: true }, () => {
       server.off('error', reject);
       resolve();
@@ -112,6 +152,7 @@ function listenOn(server: Server, address: ListenAddress): Promise<void> {
 interface Listener {
   readonly server: Server;
   readonly address: ListeningAddress;
+  readonly tls: TlsMode;
 }
 
 /** Serves exports, read only, to any number of clients. */
@@ -120,6 +161,8 @@ export class NbdServer {
   readonly #limits: Limits;
   readonly #shared: SharedBudget;
   readonly #pool: BufferPool;
+  readonly #security: SecurityOptions | undefined;
+  readonly #access: Access;
   readonly #exports = new Map<string, Export>();
   readonly #failed = new WeakSet<Export>();
   /** By name, also of exports that are gone: totals only grow. */
@@ -135,9 +178,20 @@ export class NbdServer {
   #closing: Promise<void> | undefined;
   #whenEmpty: (() => void)[] = [];
 
-  /** @throws RangeError if a limit makes no sense */
-  constructor(options: { readonly logger: Logger; readonly limits?: Partial<Limits> }) {
+  /**
+   * Without `security` there is no TLS; without `access` everybody may see everything.
+   *
+   * @throws RangeError if a limit makes no sense
+   */
+  constructor(options: {
+    readonly logger: Logger;
+    readonly limits?: Partial<Limits>;
+    readonly security?: SecurityOptions | undefined;
+    readonly access?: Access | undefined;
+  }) {
     this.#logger = options.logger;
+    this.#security = options.security;
+    this.#access = options.access ?? (() => true);
     this.#limits = resolveLimits(options.limits);
     this.#shared = new SharedBudget(this.#limits.bytesInFlight);
     this.#pool = new BufferPool(this.#limits.idleBufferBytes);
@@ -203,14 +257,21 @@ export class NbdServer {
   }
 
   /**
-   * Listens on one more address. A unix socket that nobody listens on is replaced.
+   * Listens on one more address. A unix socket that nobody listens on is replaced. Where other
+   * machines can reach it, TLS is required.
    *
-   * @throws Error with `code` `EADDRINUSE`, `EADDRNOTAVAIL`, `EACCES`, `ENAMETOOLONG` and so
-   *   on, and its cause
+   * @param options `insecure` leaves what other machines can reach as it is elsewhere
+   * @throws Error with `code` `TLS_REQUIRED` if there is no TLS where there must be, or
+   *   `EADDRINUSE`, `EADDRNOTAVAIL`, `EACCES`, `ENAMETOOLONG` and so on, and its cause
    */
-  async listen(wanted: ListenAddress): Promise<ListeningAddress> {
+  async listen(
+    wanted: ListenAddress | InheritedSocket,
+    options: { readonly insecure?: boolean } = {},
+  ): Promise<ListeningAddress> {
     const address = 'path' in wanted ? { path: resolvePath(wanted.path) } : wanted;
-    const where = 'path' in address ? address.path : `${address.host} port ${address.port}`;
+    const where = describeAddress(address);
+    const inheritedPath =
+      'descriptor' in address ? await pathOfSocket(address.descriptor) : undefined;
     if ('path' in address && Buffer.byteLength(address.path) > UNIX_PATH_BYTES) {
       throw failure('ENAMETOOLONG', `${where}: longer than ${UNIX_PATH_BYTES} bytes`);
     }
@@ -230,23 +291,48 @@ export class NbdServer {
       const reason = cause instanceof Error ? cause.message : String(cause);
       throw failure(code, `cannot listen on ${where}: ${reason}`, cause);
     }
-    if (this.#closing !== undefined) {
-      server.close();
-      throw failure('ECANCELED', 'server is closed');
-    }
-    server.on('connection', (socket) => this.#accept(socket));
-    server.on('error', (err) => this.#logger.error({ err }, 'cannot accept a connection'));
     const bound = server.address();
-    const listening =
-      'host' in address && typeof bound === 'object' && bound !== null
-        ? { host: address.host, port: bound.port }
-        : address;
-    this.#listeners.push({ server, address: listening });
-    this.#logger.info(listening, 'listening');
+    const listening = listeningAt(address, bound, inheritedPath);
+    let tls: TlsMode;
+    try {
+      if (this.#closing !== undefined) {
+        throw failure('ECANCELED', 'server is closed');
+      }
+      tls = this.#tlsAt(listening, bound, options.insecure === true);
+    } catch (error) {
+      server.close();
+      throw error;
+    }
+    server.on('connection', (socket) => this.#accept(socket, tls));
+    server.on('error', (err) => this.#logger.error({ err }, 'cannot accept a connection'));
+    this.#listeners.push({ server, address: listening, tls });
+    this.#logger.info({ ...listening, tls }, 'listening');
     return listening;
   }
 
-  async #listenOrReplace(server: Server, address: ListenAddress): Promise<void> {
+  /** What is asked of clients that come by an address. */
+  #tlsAt(listening: ListeningAddress, bound: BoundAddress, insecure: boolean): TlsMode {
+    const local =
+      'path' in listening ||
+      (typeof bound === 'object' && bound !== null && isLocalAddress(bound.address));
+    const { mode = 'off' } = this.#security ?? {};
+    if (local || mode === 'require') {
+      return mode;
+    }
+    if (insecure) {
+      this.#logger.warn(listening, 'other machines are served in plain text: all can listen in');
+      return mode;
+    }
+    if (mode === 'off') {
+      throw failure(
+        'TLS_REQUIRED',
+        `${describeAddress(listening)} can be reached from other machines, and there is no TLS`,
+      );
+    }
+    return 'require';
+  }
+
+  async #listenOrReplace(server: Server, address: ListenAddress | InheritedSocket): Promise<void> {
     try {
       await listenOn(server, address);
       return;
@@ -267,7 +353,7 @@ export class NbdServer {
 
   /** The URIs of an export, one or more for each listener. */
   uris(exportName: string): string[] {
-    return this.#listeners.flatMap(({ address }) => urisAt(address, exportName));
+    return this.#listeners.flatMap((listener) => urisAt(listener, exportName));
   }
 
   /** Figures for tests and metrics. */
@@ -327,7 +413,34 @@ export class NbdServer {
     );
   }
 
-  #accept(socket: Socket): void {
+  /** What one client is offered: exports that it may not see are not there. */
+  #offerTo(client: Identity, tls: TlsMode): Offer {
+    const mayFind = (who: Identity, name: string): Export | undefined => {
+      const found = this.#find(name);
+      return found !== undefined && this.#access(who, found.name) ? found : undefined;
+    };
+    const exports = this.#exports;
+    const access = this.#access;
+    return {
+      limits: this.#limits,
+      tls,
+      // Looked through by LIST alone.
+      exports: {
+        *[Symbol.iterator]() {
+          for (const each of exports.values()) {
+            if (access(client, each.name)) {
+              yield each;
+            }
+          }
+        },
+      },
+      find: (name) => mayFind(client, name),
+      needsTls: (name) => client === PLAIN && mayFind(ANONYMOUS, name) !== undefined,
+      admits: this.#transmissions.size < this.#limits.connections,
+    };
+  }
+
+  #accept(socket: Socket, tls: TlsMode): void {
     const [oldest] = this.#handshakes;
     if (oldest !== undefined && this.#handshakes.size >= this.#limits.handshakes) {
       this.#handshakes.delete(oldest);
@@ -336,19 +449,14 @@ export class NbdServer {
     this.#connectionCount += 1;
     const peer = socket.remoteAddress === undefined ? 'unix' : peerOf(socket);
     const logger = this.#logger.child({ conn: this.#connectionCount, peer });
-    const offer = (): Offer => ({
-      limits: this.#limits,
-      exports: this.#exports.values(),
-      find: (name) => this.#find(name),
-      admits: this.#transmissions.size < this.#limits.connections,
-    });
     const connection = new Connection(
       socket,
       {
         limits: this.#limits,
         shared: this.#shared,
         pool: this.#pool,
-        offer,
+        tls: this.#security?.tls,
+        offer: (client) => this.#offerTo(client, tls),
         hasFailed: (served) => this.#failed.has(served),
         figures: (served) => this.#figuresOf(served),
         onTransmission: (which) => {
@@ -374,6 +482,27 @@ export class NbdServer {
       resolve();
     }
   }
+}
+
+type BoundAddress = ReturnType<Server['address']>;
+
+function describeAddress(address: ListenAddress | InheritedSocket): string {
+  if ('descriptor' in address) {
+    return `the inherited socket ${address.descriptor}`;
+  }
+  return 'path' in address ? address.path : `${address.host} port ${address.port}`;
+}
+
+/** Where a server has come to listen. */
+function listeningAt(
+  address: ListenAddress | InheritedSocket,
+  bound: BoundAddress,
+  inheritedPath: string | undefined,
+): ListeningAddress {
+  if (typeof bound === 'object' && bound !== null) {
+    return { host: 'host' in address ? address.host : bound.address, port: bound.port };
+  }
+  return { path: 'path' in address ? address.path : (inheritedPath ?? '') };
 }
 
 function peerOf(socket: Socket): string {

@@ -24,6 +24,8 @@ packages=(
     debootstrap bc bison flex libelf-dev
     # other people's NBD clients and servers, and checkers of formats
     qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat libxml2-utils
+    # certificates and keys for TLS
+    gnutls-bin openssl
 )
 
 missing_packages() {

@@ -72,6 +72,8 @@ export interface BackupDescription {
   readonly store?: StoreReport;
   readonly disks: readonly DiskReport[];
   readonly exports: readonly ExportReport[];
+  /** Where its metrics are. */
+  readonly metrics?: string;
   /** Files among the checkpoints that are none, and why. */
   readonly brokenCheckpoints: readonly { readonly name: string; readonly problem: string }[];
 }

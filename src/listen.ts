@@ -2,8 +2,9 @@
 /** Where to listen, as nbdkit's flags say it, and what to do when that fails. */
 import { NBD_DEFAULT_PORT } from '../nbd/constants.ts';
 import { errorCode } from '../nbd/errors.ts';
-import type { ListenAddress } from '../nbd/server.ts';
-import { StillblockError, usageError } from './errors.ts';
+import type { InheritedSocket, ListenAddress } from '../nbd/server.ts';
+import type { NamedSocket } from './activation.ts';
+import { EXIT, StillblockError, usageError } from './errors.ts';
 
 export const DEFAULT_HOST = '127.0.0.1';
 
@@ -29,11 +30,24 @@ function planPort(port: string | undefined): number {
 }
 
 /**
- * The addresses that the flags ask for: TCP unless there is only a unix socket.
+ * The addresses that the flags ask for: TCP unless there is only a unix socket. With inherited
+ * sockets it is these, and no flags.
  *
  * @throws StillblockError with one line that says what to change
  */
-export function planAddresses(options: ListenOptions): ListenAddress[] {
+export function planAddresses(
+  options: ListenOptions,
+  inherited: readonly NamedSocket[] = [],
+): (ListenAddress | InheritedSocket)[] {
+  if (inherited.length > 0) {
+    if (options.unix !== undefined || options.port !== undefined || options.ipAddr !== undefined) {
+      throw usageError(
+        'sockets have been inherited (LISTEN_FDS)',
+        'leave --port, --ip-addr and --unix out',
+      );
+    }
+    return [...inherited];
+  }
   const addresses: ListenAddress[] = [];
   if (options.unix !== undefined) {
     if (options.unix === '') {
@@ -102,14 +116,31 @@ function wordsForTcp(
 }
 
 /** Translates why `NbdServer.listen` failed. */
-export function explainListen(address: ListenAddress, error: unknown): StillblockError {
+export function explainListen(
+  address: ListenAddress | InheritedSocket,
+  error: unknown,
+): StillblockError {
   const code = errorCode(error);
+  const reason = error instanceof Error ? error.message : String(error);
+  if (code === 'TLS_REQUIRED') {
+    return new StillblockError(
+      code,
+      reason,
+      'add --tls-certificates or --tls-psk (docs/tls.md), or --insecure to do without',
+      { exitCode: EXIT.usage, cause: error },
+    );
+  }
+  if ('descriptor' in address) {
+    return new StillblockError(code ?? 'FAILED', reason, 'have the socket unit checked', {
+      cause: error,
+    });
+  }
   const words =
     'path' in address
       ? wordsForSocket(code, address.path)
       : wordsForTcp(code, address.host, address.port);
   const [message, advice] = words ?? [
-    error instanceof Error ? error.message : String(error),
+    reason,
     'choose another address with --ip-addr, --port or --unix',
   ];
   return new StillblockError(code ?? 'FAILED', message, advice, { cause: error });

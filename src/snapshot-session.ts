@@ -3,9 +3,9 @@
 import { type FileHandle, stat } from 'node:fs/promises';
 import { pid } from 'node:process';
 import type { Logger } from 'pino';
-import { diskExports, openFileSource } from '../nbd/export.ts';
+import { diskExports, type ForgetCached, openFileSource } from '../nbd/export.ts';
 import type { Extent } from '../nbd/extents.ts';
-import { type ListenAddress, NbdServer } from '../nbd/server.ts';
+import { type InheritedSocket, type ListenAddress, NbdServer } from '../nbd/server.ts';
 import {
   type BackupDescription,
   type BackupEnded,
@@ -34,7 +34,9 @@ import {
   StillblockError,
 } from './errors.ts';
 import type { Folders } from './folders.ts';
+import { beGentle } from './gentle.ts';
 import { explainListen } from './listen.ts';
+import { startMetrics } from './metrics.ts';
 import { type FileSystem, fileSystemsOn, openFileSystem, readFileSystems } from './mounts.ts';
 import {
   type ControlDevice,
@@ -45,8 +47,10 @@ import {
   type SnapshotEvent,
   type StorePiece,
 } from './native.ts';
+import { planRates, RateCaps } from './rates.ts';
 import { ReleaseStack } from './release-stack.ts';
 import { planStores, Store, type StoreRequest } from './store.ts';
+import type { Security } from './tls.ts';
 
 /** How long clients of a failed snapshot are still told EIO before the server goes away. */
 const FAILED_GRACE_MS = 5_000;
@@ -59,7 +63,14 @@ export interface BackupRequest {
   readonly store: StoreRequest;
   /** All tracked devices if there are none. */
   readonly disks: readonly DiskRequest[];
-  readonly listen: readonly ListenAddress[];
+  readonly listen: readonly (ListenAddress | InheritedSocket)[];
+  /** TLS, if there is any. */
+  readonly security: Security | undefined;
+  /** Other machines may be served in plain text. */
+  readonly insecure: boolean;
+  /** `RATE` and `DISK=RATE`, not read yet. */
+  readonly maxRates: readonly string[];
+  readonly metrics: ListenAddress | undefined;
   /** A checkpoint since which the changes of every disk must be known. */
   readonly incremental: string | undefined;
   readonly freezeTimeoutMs: number;
@@ -137,6 +148,9 @@ export class BackupSession implements Controlled {
   #disks: readonly DiskReport[] = [];
   #exports: readonly ExportReport[] = [];
   #broken: CheckpointList['broken'] = [];
+  #caps = new RateCaps({ total: undefined, byName: new Map() });
+  #forget: ForgetCached | undefined;
+  #metrics: string | undefined;
 
   constructor(request: BackupRequest, folders: Folders, observer: BackupObserver, log: Logger) {
     this.#request = request;
@@ -144,7 +158,7 @@ export class BackupSession implements Controlled {
     this.#observer = observer;
     this.#log = log;
     this.#checkpoints = new CheckpointStore(folders);
-    this.#server = new NbdServer({ logger: log });
+    this.#server = new NbdServer({ logger: log, ...request.security?.options });
   }
 
   /** The only place where the phase changes; see {@link BackupPhase}. */
@@ -237,6 +251,7 @@ export class BackupSession implements Controlled {
           }),
       disks: this.#disks,
       exports: this.#exports,
+      ...(this.#metrics === undefined ? {} : { metrics: this.#metrics }),
       brokenCheckpoints: this.#broken,
     };
   }
@@ -264,7 +279,15 @@ export class BackupSession implements Controlled {
       earlier,
       disks.map(({ name, tracker }) => ({ ...tracker, name })),
     );
+    this.#caps = new RateCaps(
+      planRates(
+        this.#request.maxRates,
+        disks.map(({ name }) => name),
+      ),
+    );
     await this.#listen();
+    await this.#startMetrics();
+    this.#forget = await beGentle(this.#log);
     const fileSystems = fileSystemsOn(
       disks.map(({ number }) => number),
       await readFileSystems(devices),
@@ -331,12 +354,26 @@ export class BackupSession implements Controlled {
   /** Listens before anything is taken: a port in use costs nothing then. */
   async #listen(): Promise<void> {
     this.#stack.push(() => this.#server.close());
-    for (const address of this.#request.listen) {
+    const { listen, insecure } = this.#request;
+    for (const address of listen) {
       try {
-        await this.#server.listen(address);
+        await this.#server.listen(address, { insecure });
       } catch (error) {
         throw explainListen(address, error);
       }
+    }
+  }
+
+  async #startMetrics(): Promise<void> {
+    const { metrics: address } = this.#request;
+    if (address !== undefined) {
+      const server = this.#server;
+      const metrics = await startMetrics(address, () => ({
+        nbd: { ...server.usage, accepted: server.accepted, exports: server.figures },
+        backup: this.describe(),
+      }));
+      this.#stack.push(() => metrics.close());
+      this.#metrics = metrics.where;
     }
   }
 
@@ -428,6 +465,10 @@ export class BackupSession implements Controlled {
     }
     this.#disks = reports;
     this.#exports = exports;
+    this.#request.security?.checkNames(
+      exports.flatMap(({ uris }) => uris),
+      this.#log,
+    );
     this.#enter('serving');
     this.#served = true;
     this.#observer.serving(this.describe());
@@ -441,7 +482,7 @@ export class BackupSession implements Controlled {
     earlier: readonly Checkpoint[],
   ): Promise<{ report: DiskReport; served: ExportReport[] }> {
     const path = await imagePath(image);
-    const source = await openFileSource(path).catch((error: unknown) => {
+    const source = await openFileSource(path, this.#forget).catch((error: unknown) => {
       throw explain(error, path);
     });
     this.#stack.push(() => source.close());
@@ -458,7 +499,8 @@ export class BackupSession implements Controlled {
     }
     const { name } = disk;
     const description = `${disk.path} at checkpoint ${this.#request.checkpoint}`;
-    for (const each of diskExports({ name, description, source, checkpoints })) {
+    const bandwidth = this.#caps.of(name);
+    for (const each of diskExports({ name, description, source, checkpoints, bandwidth })) {
       this.#server.addExport(each);
     }
     const { sizeBytes } = image;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock backup`: take a snapshot, serve it, end it. */
-import process, { stderr } from 'node:process';
+import process, { env, pid, stderr } from 'node:process';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { NBD_DEFAULT_PORT } from '../../nbd/constants.ts';
+import { takeInheritedSockets } from '../activation.ts';
 import type { BackupDescription } from '../backup-report.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { endBackup } from '../control-socket.ts';
@@ -11,13 +12,23 @@ import { StillblockError } from '../errors.ts';
 import { folders } from '../folders.ts';
 import { DEFAULT_HOST, type ListenOptions, planAddresses } from '../listen.ts';
 import { makeLog } from '../log.ts';
+import { METRICS_HELP, planMetrics } from '../metrics.ts';
 import { nativeConstants } from '../native.ts';
 import { errorLine, printJson, printLine, printTable } from '../output.ts';
+import { MAX_RATE_HELP } from '../rates.ts';
 import { formatSize } from '../sizes.ts';
 import { type BackupObserver, type BackupRequest, BackupSession } from '../snapshot-session.ts';
+import {
+  addTlsOptions,
+  planTls,
+  reportReload,
+  Security,
+  TLS_HELP,
+  type TlsOptions,
+} from '../tls.ts';
 import { type CommonOptions, collect, example, newCommand, sizeOption } from './common.ts';
 
-interface BeginOptions extends CommonOptions, ListenOptions {
+interface BeginOptions extends CommonOptions, ListenOptions, TlsOptions {
   readonly checkpoint: string;
   readonly description?: string;
   readonly store: readonly string[];
@@ -26,9 +37,13 @@ interface BeginOptions extends CommonOptions, ListenOptions {
   readonly disk?: readonly string[];
   readonly incremental?: string;
   readonly freezeTimeout: number;
+  readonly maxRate?: readonly string[];
+  readonly metrics?: string;
 }
 
-function toRequest(options: BeginOptions): BackupRequest {
+async function toRequest(options: BeginOptions): Promise<BackupRequest> {
+  const listen = planAddresses(options, takeInheritedSockets(env, pid));
+  const tls = planTls(options);
   return {
     checkpoint: requireCheckpointName(options.checkpoint),
     description: options.description ?? '',
@@ -38,7 +53,11 @@ function toRequest(options: BeginOptions): BackupRequest {
       maxBytes: options.storeMax,
     },
     disks: (options.disk ?? []).map(parseDiskRequest),
-    listen: planAddresses(options),
+    listen,
+    security: await Security.open(tls),
+    insecure: tls.insecure,
+    maxRates: options.maxRate ?? [],
+    metrics: options.metrics === undefined ? undefined : planMetrics(options.metrics),
     incremental:
       options.incremental === undefined ? undefined : requireCheckpointName(options.incremental),
     freezeTimeoutMs: options.freezeTimeout * 1000,
@@ -55,6 +74,9 @@ export function printBackup(backup: BackupDescription): void {
   if (store !== undefined) {
     const used = `${formatSize(store.usedBytes)} of ${formatSize(store.capacityBytes)} used`;
     printLine(`store ${store.place}: ${used}`);
+  }
+  if (backup.metrics !== undefined) {
+    printLine(`metrics: ${backup.metrics}`);
   }
   printTable(
     ['EXPORT', 'SIZE', 'CHANGED', 'URI'],
@@ -118,18 +140,20 @@ function observe(json: boolean): BackupObserver {
 }
 
 /** Ends a session on the first signal; a second one ends the process, and with it the snapshot. */
-function endOnSignals(session: BackupSession): void {
-  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+function endOnSignals(session: BackupSession, signals: readonly NodeJS.Signals[]): void {
+  for (const signal of signals) {
     process.once(signal, () => session.requestEnd());
   }
 }
 
 async function begin(options: BeginOptions): Promise<void> {
   const json = options.json === true;
-  const request = toRequest(options);
+  const request = await toRequest(options);
   const log = makeLog(options.verbose ?? 0);
   const session = new BackupSession(request, folders(), observe(json), log);
-  endOnSignals(session);
+  const { security } = request;
+  endOnSignals(session, security ? ['SIGINT', 'SIGTERM'] : ['SIGINT', 'SIGTERM', 'SIGHUP']);
+  security?.reloadOnHangUp((error) => reportReload(error, json));
   process.exitCode = await session.run();
   if (json) {
     printJson({ event: 'ended' });
@@ -163,7 +187,7 @@ function secondsOption(text: string): number {
 }
 
 function beginCommand(): Command {
-  return newCommand('begin', 'take a snapshot and serve it until it is ended')
+  const command = newCommand('begin', 'take a snapshot and serve it until it is ended')
     .requiredOption('--checkpoint <NAME>', 'name of this instant, for later increments')
     .requiredOption(
       '--store <PLACE>',
@@ -172,41 +196,36 @@ function beginCommand(): Command {
     )
     .option('--store-size <SIZE>', 'of each, to begin with (default: a share)', sizeOption)
     .option('--store-max <SIZE>', "of each, to grow to (default: a folder's room)", sizeOption)
-    .option(
-      '--disk <[NAME=]DEV>',
-      'a tracked device by path or name, repeatable (default: all)',
-      collect,
-    )
+    .option('--disk <[NAME=]DEV>', 'tracked device, by path or name, repeatable (all)', collect)
     .option('--incremental <NAME>', 'fail unless all changes since NAME are known')
     .option('--description <TEXT>', 'kept with the checkpoint')
     .option('-p, --port <PORT>', `TCP port, 0 for any free one (default: ${NBD_DEFAULT_PORT})`)
-    .option(
-      '-i, --ip-addr <ADDR>',
-      `address to listen on, repeatable (default: ${DEFAULT_HOST})`,
-      collect,
-    )
+    .option('-i, --ip-addr <ADDR>', `address to listen on, repeatable (${DEFAULT_HOST})`, collect)
     .option('-U, --unix <SOCKET>', 'unix socket to listen on')
+    .option('--max-rate <[DISK=]RATE>', MAX_RATE_HELP, collect)
+    .option('--metrics <ADDRESS>', METRICS_HELP)
     .addOption(
       new Option('--freeze-timeout <SECONDS>', 'longest time to freeze file systems')
         .argParser(secondsOption)
         .default(10),
-    )
+    );
+  return addTlsOptions(command)
     .addHelpText(
       'after',
       `
 A store on one of the disks themselves is allocated before the snapshot and does
-not grow. A block device is overwritten. NBD is not encrypted: listen on
-loopback, a unix socket, or a network that you trust.
+not grow. A block device is overwritten.
+
+${TLS_HELP}
 
 Exit code: 0 ended, 1 failed, 2 usage, 3 a full backup is required, 4 store full.
 
 Examples:
   stillblock backup begin --checkpoint monday --store /mnt/spare
   stillblock backup begin --checkpoint tuesday --store memory --store-size 2G \\
-    --disk sda=/dev/sda --incremental monday -i 192.0.2.7
-
-  qemu-img convert -O qcow2 nbd://192.0.2.7/sda monday.qcow2
-  qemu-img convert -O qcow2 -B monday.qcow2 -F qcow2 nbd://192.0.2.7/sda@monday tuesday.qcow2`,
+    --disk sda=/dev/sda --incremental monday
+  qemu-img convert -O qcow2 nbd://127.0.0.1/sda monday.qcow2
+  qemu-img convert -O qcow2 -B monday.qcow2 -F qcow2 nbd://127.0.0.1/sda@monday tuesday.qcow2`,
     )
     .action(begin);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock nbd`: serves plain files and block devices, without root and without the module. */
 import { readFile, stat } from 'node:fs/promises';
+import { env, pid } from 'node:process';
 import type { Command } from 'commander';
 import type { Logger } from 'pino';
 import type { Bandwidth } from '../../nbd/bandwidth.ts';
@@ -19,7 +20,8 @@ import {
   openFileSource,
 } from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
-import { type ListenAddress, NbdServer } from '../../nbd/server.ts';
+import { type InheritedSocket, type ListenAddress, NbdServer } from '../../nbd/server.ts';
+import { type NamedSocket, takeInheritedSockets } from '../activation.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { explain, StillblockError, usageError } from '../errors.ts';
 import { ExtentsJsonError, parseExtents } from '../extents-json.ts';
@@ -31,13 +33,22 @@ import { METRICS_HELP, type MetricsServer, planMetrics, startMetrics } from '../
 import { formatTable, printJson, printLine } from '../output.ts';
 import { MAX_RATE_HELP, planRates, RateCaps, type Rates } from '../rates.ts';
 import { formatSize } from '../sizes.ts';
+import {
+  addTlsOptions,
+  planTls,
+  reportReload,
+  Security,
+  TLS_HELP,
+  type TlsOptions,
+  type TlsPlan,
+} from '../tls.ts';
 import { type CommonOptions, collect, newCommand } from './common.ts';
 
 /** Some seven million ranges: more changes than a backup of changes is good for. */
 const EXTENTS_FILE_BYTES = 256 * 1024 * 1024;
 
 /** The options as commander hands them over. */
-export interface NbdOptions extends CommonOptions, ListenOptions {
+export interface NbdOptions extends CommonOptions, ListenOptions, TlsOptions {
   readonly export?: readonly string[];
   readonly dirty?: readonly string[];
   readonly maxRate?: readonly string[];
@@ -57,7 +68,8 @@ interface PlannedDisk {
 
 /** What the options ask for, with nothing wrong in it that can be known from them. */
 export interface NbdPlan {
-  readonly addresses: readonly ListenAddress[];
+  readonly addresses: readonly (ListenAddress | InheritedSocket)[];
+  readonly tls: TlsPlan;
   readonly disks: readonly PlannedDisk[];
   readonly rates: Rates;
   readonly metrics: ListenAddress | undefined;
@@ -127,7 +139,7 @@ function planDirty(disks: DisksByName, text: string): void {
  *
  * @throws StillblockError with one line that says what to change
  */
-export function planNbd(options: NbdOptions): NbdPlan {
+export function planNbd(options: NbdOptions, inherited: readonly NamedSocket[] = []): NbdPlan {
   const disks: DisksByName = new Map();
   for (const text of options.export ?? []) {
     const [name, path] = splitAssignment('--export', text, 'NAME=PATH');
@@ -144,7 +156,8 @@ export function planNbd(options: NbdOptions): NbdPlan {
     planDirty(disks, text);
   }
   return {
-    addresses: planAddresses(options),
+    addresses: planAddresses(options, inherited),
+    tls: planTls(options),
     disks: [...disks].map(([name, disk]) => ({ name, ...disk })),
     rates: planRates(options.maxRate ?? [], disks.keys()),
     metrics: options.metrics === undefined ? undefined : planMetrics(options.metrics),
@@ -279,8 +292,10 @@ function printServing(
 }
 
 /** Resolves with the first signal that asks to end. A second one kills as usual. */
-function endingSignal(): { wait: Promise<string>; release: () => void } {
-  const signals = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+function endingSignal(signals: readonly NodeJS.Signals[]): {
+  wait: Promise<string>;
+  release: () => void;
+} {
   let release = (): void => {};
   const wait = new Promise<string>((resolve) => {
     const onSignal = (signal: string): void => {
@@ -300,11 +315,14 @@ function endingSignal(): { wait: Promise<string>; release: () => void } {
 }
 
 async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promise<void> {
-  const server = new NbdServer({ logger });
+  const security = await Security.open(plan.tls);
+  const server = new NbdServer({ logger, ...security?.options });
   const sources: BlockSource[] = [];
   const caps = new RateCaps(plan.rates);
   let metrics: MetricsServer | undefined;
-  const signal = endingSignal();
+  const signal = endingSignal(security ? ['SIGINT', 'SIGTERM'] : ['SIGINT', 'SIGTERM', 'SIGHUP']);
+  const json = options.json === true;
+  const stopReloading = security?.reloadOnHangUp((error) => reportReload(error, json));
   const forget = await beGentle(logger);
   try {
     const prepared: PreparedExport[] = [];
@@ -322,7 +340,7 @@ async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promis
     }
     for (const address of plan.addresses) {
       try {
-        await server.listen(address);
+        await server.listen(address, plan.tls);
       } catch (cause) {
         throw explainListen(address, cause);
       }
@@ -339,15 +357,23 @@ async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promis
       uris: server.uris(name),
       sizeBytes: source.sizeBytes,
     }));
-    printServing(served, metrics?.where, options.json === true);
+    security?.checkNames(
+      served.flatMap(({ uris }) => uris),
+      logger,
+    );
+    // Whoever started us with a socket may read its own output there, as nbdinfo's users do.
+    if (json || !plan.addresses.some((address) => 'descriptor' in address)) {
+      printServing(served, metrics?.where, json);
+    }
     logger.info({ signal: await signal.wait }, 'ending');
   } finally {
     signal.release();
+    stopReloading?.();
     await metrics?.close();
     await server.close();
     await Promise.all(sources.map((source) => source.close()));
   }
-  if (options.json === true) {
+  if (json) {
     printJson({ event: 'ended' });
   }
 }
@@ -355,7 +381,7 @@ async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promis
 /** Carries out the command; a program that reads the JSON learns of a failure there, too. */
 async function run(options: NbdOptions): Promise<void> {
   try {
-    const plan = planNbd(options);
+    const plan = planNbd(options, takeInheritedSockets(env, pid));
     await serve(plan, options, makeLog(options.verbose ?? 0));
   } catch (error) {
     if (options.json === true && error instanceof StillblockError) {
@@ -368,7 +394,10 @@ async function run(options: NbdOptions): Promise<void> {
 
 const AFTER_HELP = `
 Without -U it listens on TCP, by default on ${DEFAULT_HOST} port ${NBD_DEFAULT_PORT}. With -U alone it
-listens on the socket alone; with -U and -p or -i on both.
+listens on the socket alone; with -U and -p or -i on both. systemd's or libnbd's socket
+activation goes before all of these.
+
+${TLS_HELP}
 
 NAME may be empty: that is the default export, which clients get that name none.
 With a single --export, such clients get that one whatever its name.
@@ -384,7 +413,10 @@ Exit codes: 0 ended by a signal, 1 failed, 2 usage.`;
 
 /** The subcommand, to be added to the program. */
 export function nbdCommand(): Command {
-  return newCommand('nbd', 'serve plain files and block devices, read-only, in the foreground')
+  const command = newCommand(
+    'nbd',
+    'serve plain files and block devices, read-only, in the foreground',
+  )
     .option('-p, --port <port>', `TCP port, 0 for any free one (default: ${NBD_DEFAULT_PORT})`)
     .option(
       '-i, --ip-addr <addr>',
@@ -395,7 +427,8 @@ export function nbdCommand(): Command {
     .option('--export <name=path>', 'file or device to serve, repeatable', collect)
     .option('--max-rate <[name=]rate>', MAX_RATE_HELP, collect)
     .option('--metrics <address>', METRICS_HELP)
-    .option('--dirty <name:checkpoint=extents.json>', 'what changed since, repeatable', collect)
+    .option('--dirty <name:checkpoint=extents.json>', 'what changed since, repeatable', collect);
+  return addTlsOptions(command)
     .addHelpText('after', AFTER_HELP)
     .action((options: NbdOptions) => run(options));
 }

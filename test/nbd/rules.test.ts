@@ -94,10 +94,10 @@ test('unknown option, any data: ERR_UNSUP, the data is skipped, in step', async 
   await raw.expectAck(OPT.list);
 });
 
-test('STARTTLS: ERR_UNSUP, in step', async (t) => {
+test('STARTTLS where there is no TLS: ERR_POLICY, in step', async (t) => {
   const raw = await (await served(t)).connect();
   await raw.open();
-  t.is((await raw.haggle(OPT.startTls))[0]?.type, REP.errUnsup);
+  t.is((await raw.haggle(OPT.startTls))[0]?.type, REP.errPolicy);
   await raw.expectAck(OPT.go, infoData('disk'));
   await raw.expectInStep(false);
 });

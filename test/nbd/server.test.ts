@@ -266,9 +266,9 @@ test('TCP on IPv4 and IPv6, both at one port, and a unix socket, at a time', asy
 test('both wildcards stand side by side, and their URIs name addresses of the machine', async (t) => {
   const server = newServer();
   t.teardown(() => server.close());
-  const four = await server.listen({ host: '0.0.0.0', port: 0 });
+  const four = await server.listen({ host: '0.0.0.0', port: 0 }, { insecure: true });
   const port = 'port' in four ? four.port : 0;
-  await server.listen({ host: '::', port });
+  await server.listen({ host: '::', port }, { insecure: true });
   const uris = server.uris('x');
   t.true(uris.length >= 2);
   t.true(uris.every((uri) => uri.endsWith(`:${port}/x`) && !uri.includes('0.0.0.0')));

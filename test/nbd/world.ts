@@ -4,12 +4,14 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { connect, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { type ConnectionOptions, connect as connectTls } from 'node:tls';
 import type { ExecutionContext } from 'ava';
+import type { Access } from '../../nbd/access.ts';
 import type { BlockSource, Export } from '../../nbd/export.ts';
 import { ExtentMap } from '../../nbd/extents.ts';
 import type { Limits } from '../../nbd/limits.ts';
 import type { Logger } from '../../nbd/logger.ts';
-import { NbdServer } from '../../nbd/server.ts';
+import { NbdServer, type SecurityOptions } from '../../nbd/server.ts';
 
 /** How long a test waits for what must come at once, milliseconds. Only a failure lasts so long. */
 const PATIENCE_MS = 20_000;
@@ -176,10 +178,11 @@ export async function world(
   t: ExecutionContext,
   exports: Export[],
   limits: Partial<Limits> = {},
+  security: { security?: SecurityOptions; access?: Access } = {},
 ): Promise<World> {
   const path = join(await folder(t), 'nbd.sock');
   const log = new KeptLog();
-  const server = new NbdServer({ logger: log, limits });
+  const server = new NbdServer({ logger: log, limits, ...security });
   for (const offered of exports) {
     server.addExport(offered);
   }
@@ -306,6 +309,7 @@ export const REP = {
   errUnsup: 0x80000001,
   errPolicy: 0x80000002,
   errInvalid: 0x80000003,
+  errTlsReqd: 0x80000005,
   errUnknown: 0x80000006,
   errTooBig: 0x80000009,
   errExtHeaderReqd: 0x8000000a,
@@ -377,6 +381,32 @@ export class RawClient {
 
   destroy(): void {
     this.socket.destroy();
+  }
+
+  /** Begins TLS on the socket, without a word of STARTTLS. This client is then of no use any more. */
+  async secure(options: ConnectionOptions): Promise<RawClient> {
+    for (const event of ['data', 'close']) {
+      this.socket.removeAllListeners(event);
+    }
+    const client = new RawClient(
+      connectTls({ socket: this.socket, servername: 'localhost', ...options }),
+    );
+    await soon(
+      'TLS',
+      new Promise<void>((resolve, reject) => {
+        client.socket.once('secureConnect', resolve);
+        client.socket.once('error', reject);
+        client.socket.once('close', () => reject(new Error('closed before TLS')));
+      }),
+    );
+    return client;
+  }
+
+  /** Greeting, STARTTLS and TLS. */
+  async openTls(options: ConnectionOptions): Promise<RawClient> {
+    await this.open();
+    await this.expectAck(OPT.startTls);
+    return this.secure(options);
   }
 
   send(...parts: Buffer[]): void {
@@ -456,6 +486,14 @@ export class RawClient {
     options: { structured?: boolean; contexts?: string[] } = {},
   ): Promise<void> {
     await this.open();
+    await this.haggleTo(name, options);
+  }
+
+  /** The options up to the transmission of one export. */
+  async haggleTo(
+    name = 'disk',
+    options: { structured?: boolean; contexts?: string[] } = {},
+  ): Promise<void> {
     if (options.structured ?? true) {
       await this.expectAck(OPT.structuredReply);
     }

@@ -272,7 +272,7 @@ except nbd.Error as error:
 
 test.serial('a store that overflows fails the pull; the origin never notices', async (t) => {
   const backup = guest.start(
-    `exec ${cli} backup begin --json --checkpoint full --disk ${origin} --store memory --store-size 4M -i 0.0.0.0 -p ${nbdPort}`,
+    `exec ${cli} backup begin --json --checkpoint full --disk ${origin} --store memory --store-size 4M -i 0.0.0.0 -p ${nbdPort} --insecure`,
   );
   const [line] = await backup.waitForOutput(/^\{.*"event":"serving".*\}$/m, cliLimitMs);
   const { exports } = JSON.parse(line) as { exports: { name: string }[] };

@@ -196,7 +196,7 @@ class Backup {
 
   static async begin(guest: Guest, checkpoint: string): Promise<Backup> {
     const command = guest.start(
-      `exec ${cli} backup begin --json --checkpoint ${checkpoint} --store /srv/store --store-size ${storeBytes} -i 0.0.0.0 -p ${nbdPort}`,
+      `exec ${cli} backup begin --json --checkpoint ${checkpoint} --store /srv/store --store-size ${storeBytes} -i 0.0.0.0 -p ${nbdPort} --insecure`,
     );
     const [line] = await command.waitForOutput(/^\{.*"event":"serving".*\}$/m, cliLimitMs);
     const serving = JSON.parse(line) as { exports: ServedExport[] };
