@@ -154,11 +154,13 @@ export function parseLsblk(json: string): LayoutDevice[] {
   return [...found.values()];
 }
 
-/** Those devices that are chosen, with all above and beneath them. */
+/** Those devices that are chosen, with all above and beneath them; every real disk if none is. */
 export function selectDevices(
   devices: readonly LayoutDevice[],
-  chosen: readonly string[],
+  choice: readonly string[],
 ): LayoutDevice[] {
+  const disks = devices.filter(({ type, sizeBytes }) => type === 'disk' && sizeBytes > 0);
+  const chosen = choice.length === 0 ? disks.map(({ name }) => name) : choice;
   const wanted = new Set(
     devices
       .filter(({ name, path }) => chosen.includes(name) || chosen.includes(path))
@@ -423,8 +425,8 @@ async function collectFirmware(tools: Tools): Promise<Firmware> {
  * Finds out how this machine's disks are laid out. What cannot be found out is in
  * `problems`; nothing is written, and no device is opened for writing.
  *
- * @param devices the disks of a backup by path or kernel name; what is above and beneath
- *   them is found
+ * @param devices the disks of a backup by path or kernel name, all if empty; what is above
+ *   and beneath them is found
  */
 export async function collectLayout(devices: readonly string[]): Promise<MachineLayout> {
   const tools = new Tools();

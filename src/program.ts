@@ -6,8 +6,10 @@ import { backupCommand } from './commands/backup.ts';
 import { chainCommand } from './commands/chain.ts';
 import { checkpointCommand } from './commands/checkpoint.ts';
 import { deviceCommand } from './commands/device.ts';
+import { layoutCommand } from './commands/layout.ts';
 import { nbdCommand } from './commands/nbd.ts';
 import { pullCommand } from './commands/pull.ts';
+import { restoreCommand } from './commands/restore.ts';
 import { statusCommand } from './commands/status.ts';
 
 function version(): string {
@@ -39,6 +41,8 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(nbdCommand())
     .addCommand(pullCommand())
     .addCommand(chainCommand())
+    .addCommand(restoreCommand())
+    .addCommand(layoutCommand())
     .addHelpText(
       'after',
       `

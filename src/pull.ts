@@ -22,7 +22,7 @@ import {
 } from './nbd-uri.ts';
 import type { Offer, PullSource } from './offer.ts';
 import { type PlannedDisk, type PullMode, type PullPlan, planPull } from './pull-plan.ts';
-import { explainQemuImg, QemuImgError, qemuImg } from './qemu-img.ts';
+import { explainQemuImg, isDifference, QemuImgError, qemuImg } from './qemu-img.ts';
 
 /** What is asked for. */
 export interface PullRequest {
@@ -178,9 +178,8 @@ class Pull {
         ...[qemuImageOptions(disk.uri), image],
       ]);
     } catch (error) {
-      // Its exit code 1 says that they differ; 2 and above, that it could not tell.
       const cause = error instanceof StillblockError ? error.cause : error;
-      if (cause instanceof QemuImgError && cause.exitCode === 1 && !cause.stalled) {
+      if (isDifference(cause)) {
         throw new StillblockError(
           'VERIFY_FAILED',
           base === undefined

@@ -22,6 +22,7 @@ export interface QemuImgOptions {
 /** A run that failed. */
 export class QemuImgError extends Error {
   override readonly name = 'QemuImgError';
+  readonly command: string;
   readonly exitCode: number | null;
   readonly stalled: boolean;
   /** Last of what it said. */
@@ -29,10 +30,21 @@ export class QemuImgError extends Error {
 
   constructor(command: string, exitCode: number | null, output: string, stalled: boolean) {
     super(output.trim().split('\n').at(-1) || `qemu-img ${command} failed`);
+    this.command = command;
     this.exitCode = exitCode;
     this.output = output;
     this.stalled = stalled;
   }
+}
+
+/** Whether `qemu-img compare` found a difference, rather than that it could not compare. */
+export function isDifference(error: unknown): boolean {
+  return (
+    error instanceof QemuImgError &&
+    error.command === 'compare' &&
+    error.exitCode === 1 &&
+    !error.stalled
+  );
 }
 
 const WATCH_MS = 500;

@@ -40,3 +40,14 @@ export function sizeOption(text: string): number {
   }
   return bytes;
 }
+
+/** Reads the value of an option that is a whole number within bounds. */
+export function countOption(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < least || value > most) {
+      throw new InvalidArgumentError(`it is a number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}

@@ -4,7 +4,7 @@ import { randomUUID } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { resolve } from 'node:path';
 import process from 'node:process';
-import { type Command, InvalidArgumentError } from 'commander';
+import type { Command } from 'commander';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { explain, StillblockError, usageError } from '../errors.ts';
 import type { MachineLayout } from '../layout.ts';
@@ -16,7 +16,7 @@ import { makeProgress, type Progress } from '../progress-bars.ts';
 import { type PullObserver, pull } from '../pull.ts';
 import type { PullMode } from '../pull-plan.ts';
 import { formatSize } from '../sizes.ts';
-import { type CommonOptions, collect, newCommand } from './common.ts';
+import { type CommonOptions, collect, countOption, newCommand } from './common.ts';
 
 interface PullOptions extends CommonOptions {
   readonly nbd?: readonly string[];
@@ -29,16 +29,6 @@ interface PullOptions extends CommonOptions {
   readonly parallel: number;
   readonly timeout: number;
   readonly tlsCertificates?: string;
-}
-
-function countOption(least: number, most: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (!/^\d+$/.test(text) || value < least || value > most) {
-      throw new InvalidArgumentError(`it is a number from ${least} to ${most}.`);
-    }
-    return value;
-  };
 }
 
 async function readLayout(path: string): Promise<MachineLayout> {
@@ -152,11 +142,11 @@ function printPoint(point: ChainPoint): void {
 }
 
 /** Ends the work on the first signal; a second one ends the process as usual. */
-function endOnSignals(): AbortSignal {
+export function endingSignal(): AbortSignal {
   const stop = new AbortController();
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     process.once(signal, () =>
-      stop.abort(new StillblockError('INTERRUPTED', `ended by ${signal}`, 'pull again')),
+      stop.abort(new StillblockError('INTERRUPTED', `ended by ${signal}`, 'run it again')),
     );
   }
   return stop.signal;
@@ -189,7 +179,7 @@ async function run(
   };
   let point: ChainPoint;
   try {
-    point = await pull(request, observe(json, progress), randomUUID(), endOnSignals());
+    point = await pull(request, observe(json, progress), randomUUID(), endingSignal());
   } finally {
     progress.stop();
   }

@@ -26,6 +26,8 @@ const COMMANDS = [
   ['nbd'],
   ['pull'],
   ['chain'],
+  ['restore'],
+  ['layout'],
 ] as const;
 
 for (const command of COMMANDS) {
@@ -75,6 +77,8 @@ const MISTAKES: readonly Mistake[] = [
     says: /no NBD URI/,
   },
   { args: ['pull', '--nbd', 'nbd://x/sda', 'd'], code: 2, says: /--checkpoint NAME/ },
+  { args: ['restore', 'd'], code: 2, says: /--map DISK=TARGET/ },
+  { args: ['restore', 'd', '--map', 'sda'], code: 2, says: /is not OLD=NEW/ },
   { args: ['chain', '/dev/null'], code: 1, says: /there is no chain in/ },
   { args: ['device', 'list'], code: 1, says: NOT_LOADED },
   { args: ['device', 'attach', '/dev/null'], code: 1, says: NOT_LOADED },
