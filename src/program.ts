@@ -6,6 +6,7 @@ import { backupCommand } from './commands/backup.ts';
 import { chainCommand } from './commands/chain.ts';
 import { checkpointCommand } from './commands/checkpoint.ts';
 import { deviceCommand } from './commands/device.ts';
+import { doctorCommand } from './commands/doctor.ts';
 import { layoutCommand } from './commands/layout.ts';
 import { nbdCommand } from './commands/nbd.ts';
 import { pullCommand } from './commands/pull.ts';
@@ -43,6 +44,7 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(chainCommand())
     .addCommand(restoreCommand())
     .addCommand(layoutCommand())
+    .addCommand(doctorCommand())
     .addHelpText(
       'after',
       `
