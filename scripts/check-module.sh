@@ -5,10 +5,12 @@
 #
 #   scripts/check-module.sh [KERNEL]...      (default: all stock kernels)
 #
-# checkpatch is that of Debian's sources of 6.1, which the kernel `debug` brings;
+# checkpatch is that of Debian's sources of 6.1, fetched into the cache;
 # kernel-doc that of 6.12's headers.
 . "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/archive.sh"
 cd "$checkout"
+readonly tools=$cache/checkpatch source_package=linux-source-6.1
 
 # What checkpatch may say, as FILE:TYPE.
 exceptions=(
@@ -18,6 +20,29 @@ exceptions=(
     trace.h:OPEN_ENDED_LINE
     trace.h:PARENTHESIS_ALIGNMENT
 )
+
+# fetch_checkpatch: takes it out of the sources; nothing else of Debian has it.
+fetch_checkpatch() {
+    local work codename
+    lock checkpatch
+    [ ! -e "$tools/checkpatch.pl" ] || return 0
+    say "checkpatch: fetching $source_package from Debian"
+    work=$(mktemp -d "$cache/.checkpatch-XXXXXX")
+    # shellcheck disable=SC2064  # this run's folder
+    trap "rm -rf '$work'" EXIT
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    mkdir "$work/tools"
+    if ! {
+        open_apt "$work/apt" "bookworm:$codename" "bookworm-security:$codename-security" &&
+            (cd "$work" && private_apt apt-get download "$source_package") &&
+            dpkg-deb --fsys-tarfile "$work"/*.deb | tar -xO "./usr/src/$source_package.tar.xz" | xz -dc |
+            tar -x -C "$work/tools" --strip-components=2 "$source_package"/scripts/{checkpatch.pl,spelling.txt,const_structs.checkpatch}
+    } >"$work/log" 2>&1; then
+        die "cannot get checkpatch: $(tail -n1 "$work/log") (needs a Debian archive in /etc/apt/sources.list* and the network)"
+    fi
+    mv "$work/tools" "$tools"
+}
 
 # checkpatch_findings: those that are no exceptions, and exceptions that nothing needs.
 checkpatch_findings() {
@@ -30,7 +55,7 @@ checkpatch_findings() {
         *" $exception "*) seen+="$exception " ;;
         *) printf '%s\n' "$text" ;;
         esac
-    done < <(perl "$checkpatch" --strict --no-tree --terse --show-types --no-summary -f "${sources[@]}")
+    done < <(perl "$tools/checkpatch.pl" --strict --no-tree --terse --show-types --no-summary -f "${sources[@]}")
     for exception in "${exceptions[@]}"; do
         case $seen in
         *" $exception "*) ;;
@@ -53,8 +78,8 @@ undocumented() {
 [ $# -gt 0 ] || set -- ${kernels/debug/}
 for kernel; do need_kernel "$kernel"; done
 command -v perl >/dev/null || die 'perl is missing: apt-get install perl'
-"$checkout/scripts/kernels.sh" 6.12 debug
-checkpatch=$(echo "$cache"/kernels/debug/usr/src/linux-headers-*/scripts/checkpatch.pl)
+"$checkout/scripts/kernels.sh" 6.12
+(fetch_checkpatch)
 kernel_doc=$(echo "$cache"/kernels/6.12/usr/lib/linux-kbuild-*/scripts/kernel-doc)
 sources=(module/*.[ch] module/uapi/linux/*.h)
 findings=$(

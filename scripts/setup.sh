@@ -14,12 +14,12 @@ cd "$checkout"
 # By what needs them.
 packages=(
     # building the module (objtool is linked with libelf1), addon and kernels' trees
-    gcc-12 gcc g++ make cmake sparse libelf1 kmod xz-utils zstd
+    gcc-12 gcc g++ make cmake sparse libelf1 kmod perl xz-utils zstd
     # guests
     qemu-system-x86 busybox-static util-linux python3
     # what runs inside the guests, whose root is this machine's
     e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio mount procps psmisc iproute2
-    mdadm cryptsetup-bin thin-provisioning-tools strace
+    mdadm cryptsetup-bin thin-provisioning-tools strace stress-ng
     # the toolchain of kernels that are newer than this Debian; the debug kernel
     debootstrap bc bison flex libelf-dev
     # other people's NBD clients and servers, and checkers of formats

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module as source: what the kernel's own checkers say of it, and whether
+// DKMS makes a module of it where users have it.
+
+import { join } from 'node:path';
+import test from 'ava';
+import { checkout } from '../vm/checkout.ts';
+import { runTool } from '../vm/host.ts';
+import { testKernel } from './world.ts';
+
+const kernel = testKernel();
+const limitMs = 15 * 60_000;
+
+async function script(name: string): Promise<{ code: number; said: string }> {
+  const path = join(checkout, 'scripts', name);
+  const { code, stdout, stderr } = await runTool(path, [kernel], {
+    check: false,
+    timeoutMs: limitMs,
+  });
+  return { code, said: stdout + stderr };
+}
+
+test.serial('checkpatch, kernel-doc, W=1 and sparse find nothing', async (t) => {
+  t.timeout(limitMs);
+  const { code, said } = await script('check-module.sh');
+  t.is(code, 0, said);
+});
+
+// Nobody installs the kernel `debug`.
+if (kernel !== 'debug') {
+  test.serial('DKMS builds it', async (t) => {
+    t.timeout(limitMs);
+    const { code, said } = await script('test-dkms.sh');
+    t.is(code, 0, said);
+    t.regex(said, /^1 passed, 0 failed$/m);
+  });
+}
