@@ -26,6 +26,8 @@ packages=(
     qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat libxml2-utils
     # certificates and keys for TLS
     gnutls-bin openssl
+    # databases that hooks make ready, and what reads manual pages
+    postgresql-15 mariadb-server mandoc
 )
 
 missing_packages() {
