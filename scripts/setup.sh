@@ -23,7 +23,7 @@ packages=(
     # the toolchain of kernels that are newer than this Debian; the debug kernel
     debootstrap bc bison flex libelf-dev
     # other people's NBD clients and servers, and checkers of formats
-    qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat libxml2-utils
+    qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat curl libxml2-utils
     # certificates and keys for TLS
     gnutls-bin openssl
     # databases that hooks make ready, and what reads manual pages

@@ -33,6 +33,9 @@ export interface ExportReport {
   readonly sizeBytes: number;
   /** Of a delta export: what changed since the checkpoint, in whole blocks. */
   readonly dirtyBytes?: number;
+  /** Of a delta export: what the checkpoint recorded of the disk. */
+  readonly generation?: string;
+  readonly number?: number;
 }
 
 /** A disk of the snapshot. */
@@ -42,6 +45,9 @@ export interface DiskReport {
   readonly sizeBytes: number;
   /** The image's device. */
   readonly image: string;
+  /** What the checkpoint of this instant records of it. */
+  readonly generation: string;
+  readonly number: number;
   /** Checkpoints since which its changes are served. */
   readonly incremental: readonly string[];
   /** Checkpoints since which they are not, and why. */
@@ -56,6 +62,8 @@ export interface StoreReport {
 
 /** A backup that runs. */
 export interface BackupDescription {
+  /** UUID of this one: checkpoints' names come again. */
+  readonly id: string;
   readonly state: BackupPhase;
   readonly checkpoint: string;
   readonly pid: number;
@@ -83,4 +91,19 @@ export interface BackupEnded {
   readonly checkpoint: string;
   readonly failed: boolean;
   readonly reason?: string;
+}
+
+/** What changed on a disk between a checkpoint and the snapshot that is held. */
+export interface DiskChanges {
+  readonly disk: string;
+  /** Name of the checkpoint. */
+  readonly since: string;
+  /** Of the backup that is held. */
+  readonly checkpoint: string;
+  readonly sizeBytes: number;
+  /** What changes are told in. */
+  readonly blockSizeBytes: number;
+  readonly changedBytes: number;
+  /** In order; they neither touch nor overlap. */
+  readonly extents: readonly { readonly offset: number; readonly length: number }[];
 }

@@ -61,6 +61,8 @@ const MAX_FILE_BYTES = 1024 * 1024;
 const NAME = /^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$/;
 /** A file name holds 255 bytes, suffix and all. */
 const MAX_NAME_LENGTH = 200;
+/** Of a file that is written, and not shown yet. */
+const STAGED_SUFFIX = '.xml.new';
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** Whether a text is the name of a checkpoint, as libvirt allows them. */
@@ -181,7 +183,8 @@ function text(value: unknown, what: string): string {
 function count(value: unknown, what: string): number {
   const digits = text(value, what);
   const number = Number(digits);
-  if (!/^\d+$/.test(digits) || !Number.isSafeInteger(number)) {
+  // One way to write each: leading zeros are not ours.
+  if (!/^(0|[1-9]\d*)$/.test(digits) || !Number.isSafeInteger(number)) {
     throw bad(`${what} is not a number`);
   }
   return number;
@@ -273,6 +276,13 @@ export function parseCheckpoint(xml: string): Checkpoint {
   };
 }
 
+/** Oldest first; of two in one second the one that is the other's parent. */
+function byAge(a: Checkpoint, b: Checkpoint): number {
+  return (
+    a.creationTime - b.creationTime || Number(a.parent === b.name) - Number(b.parent === a.name)
+  );
+}
+
 /** A file among the checkpoints that is none. */
 export interface BrokenCheckpoint {
   readonly name: string;
@@ -287,6 +297,14 @@ export interface CheckpointList {
 
 function codeOf(error: unknown): string | undefined {
   return error instanceof Error && 'code' in error ? String(error.code) : undefined;
+}
+
+/** A checkpoint that is on the disk, and not one of those that are kept. */
+export interface StagedCheckpoint {
+  /** Keeps it: after this it survives a crash. */
+  commit(): Promise<void>;
+  /** Removes it, unless it was committed. */
+  discard(): Promise<void>;
 }
 
 /** The checkpoints that are kept. */
@@ -366,7 +384,7 @@ export class CheckpointStore {
         broken.push({ name, problem: error instanceof Error ? error.message : String(error) });
       }
     }
-    checkpoints.sort((a, b) => a.creationTime - b.creationTime);
+    checkpoints.sort(byAge);
     return { checkpoints, broken };
   }
 
@@ -380,19 +398,52 @@ export class CheckpointStore {
   }
 
   /**
+   * Writes a checkpoint out without showing it: what is left then is one rename.
+   *
+   * @returns the checkpoint, to be committed or discarded
+   */
+  async stage(checkpoint: Checkpoint): Promise<StagedCheckpoint> {
+    const file = this.#file(checkpoint.name);
+    const temporary = join(this.#folder, `.${checkpoint.name}${STAGED_SUFFIX}`);
+    const discard = (): Promise<void> => rm(temporary, { force: true });
+    try {
+      await this.#writeOut(temporary, formatCheckpoint(checkpoint));
+    } catch (error) {
+      await discard();
+      throw explain(error, file);
+    }
+    return {
+      commit: async () => {
+        try {
+          await rename(temporary, file);
+          await this.#syncFolder();
+        } catch (error) {
+          throw explain(error, file);
+        }
+      },
+      discard,
+    };
+  }
+
+  /**
    * Keeps a checkpoint: after this it survives a crash, and before it nothing of it
    * is visible.
    */
   async write(checkpoint: Checkpoint): Promise<void> {
-    const file = this.#file(checkpoint.name);
-    const temporary = join(this.#folder, `.${checkpoint.name}.xml.new`);
+    const staged = await this.stage(checkpoint);
     try {
-      await this.#writeOut(temporary, formatCheckpoint(checkpoint));
-      await rename(temporary, file);
-      await this.#syncFolder();
+      await staged.commit();
     } catch (error) {
-      await rm(temporary, { force: true });
-      throw explain(error, file);
+      await staged.discard();
+      throw error;
+    }
+  }
+
+  /** Removes what a process that was killed has staged. Nobody else may be staging. */
+  async removeStaged(): Promise<void> {
+    const files = await readdir(this.#folder).catch(() => []);
+    for (const file of files.filter((name) => /^\..*\.xml\.new$/.test(name))) {
+      await rm(join(this.#folder, file), { force: true });
     }
   }
 

@@ -77,12 +77,15 @@ export function requireSeen(path: string, number: DeviceNumber, devices: BlockDe
   }
 }
 
-/** @returns a tracked device under its default name */
-export function diskOf(tracker: Tracker, devices: BlockDevices): Disk {
+/** Names that the configuration gives to devices. */
+export type DiskNames = ReadonlyMap<DeviceNumber, string>;
+
+/** @returns a tracked device under its configured or default name */
+export function diskOf(tracker: Tracker, devices: BlockDevices, names?: DiskNames): Disk {
   const number = deviceNumber(tracker.major, tracker.minor);
   const device = devices.get(number);
   return {
-    name: device?.diskName ?? number.replace(':', '-'),
+    name: names?.get(number) ?? device?.diskName ?? number.replace(':', '-'),
     number,
     path: devices.describe(number),
     tracker,
@@ -119,8 +122,9 @@ export function chooseDisks(
   trackers: readonly Tracker[],
   devices: BlockDevices,
   wanted: readonly (DiskRequest & { readonly number: DeviceNumber })[],
+  names?: DiskNames,
 ): Disk[] {
-  const tracked = trackers.map((tracker) => diskOf(tracker, devices));
+  const tracked = trackers.map((tracker) => diskOf(tracker, devices, names));
   if (tracked.length === 0) {
     throw new StillblockError(
       'NOTHING_TRACKED',

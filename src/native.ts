@@ -173,6 +173,7 @@ interface Addon {
   dataRanges(fd: number, sizeBytes: number): Promise<Float64Array>;
   forgetCached(fd: number, ranges: Float64Array): Promise<void>;
   yieldIo(): void;
+  notifyService(socket: string, text: string): void;
 }
 
 let loaded: Addon | undefined;
@@ -362,4 +363,13 @@ export function forgetCached(fd: number, ranges: readonly Extent[]): Promise<voi
  */
 export function yieldIo(): void {
   addon().yieldIo();
+}
+
+/**
+ * Sends the service manager a message, as sd_notify(3) does.
+ *
+ * @param socket value of `NOTIFY_SOCKET`
+ */
+export function notifyService(socket: string, text: string): void {
+  addon().notifyService(socket, text);
 }

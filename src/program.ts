@@ -11,6 +11,7 @@ import { layoutCommand } from './commands/layout.ts';
 import { nbdCommand } from './commands/nbd.ts';
 import { pullCommand } from './commands/pull.ts';
 import { restoreCommand } from './commands/restore.ts';
+import { serveCommand } from './commands/serve.ts';
 import { statusCommand } from './commands/status.ts';
 
 function version(): string {
@@ -45,6 +46,7 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(restoreCommand())
     .addCommand(layoutCommand())
     .addCommand(doctorCommand())
+    .addCommand(serveCommand())
     .addHelpText(
       'after',
       `

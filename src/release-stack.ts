@@ -8,6 +8,11 @@ export class ReleaseStack {
     this.#releases.push(release);
   }
 
+  /** Adds what releases a thing that all others may need, and so comes last. */
+  unshift(release: () => unknown): void {
+    this.#releases.unshift(release);
+  }
+
   /**
    * Releases everything. One that fails does not keep the others from it.
    *

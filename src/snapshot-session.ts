@@ -1,41 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 /** One backup: a snapshot taken, its images served, and all of it released again. */
+import { randomUUID } from 'node:crypto';
 import { type FileHandle, stat } from 'node:fs/promises';
 import { pid } from 'node:process';
 import type { Logger } from 'pino';
 import { diskExports, type ForgetCached, openFileSource } from '../nbd/export.ts';
 import type { Extent } from '../nbd/extents.ts';
-import { type InheritedSocket, type ListenAddress, NbdServer } from '../nbd/server.ts';
+import type { ListenAddress } from '../nbd/server.ts';
 import {
   type BackupDescription,
   type BackupEnded,
   type BackupPhase,
+  type DiskChanges,
   type DiskReport,
   type ExportReport,
   NEXT_PHASES,
 } from './backup-report.ts';
+import type { BackupServer, ServerRequest } from './backup-server.ts';
 import { BlockDevices, deviceNumber, splitDeviceNumber } from './block-devices.ts';
-import { type Checkpoint, type CheckpointList, CheckpointStore, judge } from './checkpoints.ts';
-import { type Controlled, ControlSocket, describeBackup } from './control-socket.ts';
+import {
+  type Checkpoint,
+  type CheckpointList,
+  type CheckpointStore,
+  judge,
+  type StagedCheckpoint,
+} from './checkpoints.ts';
 import {
   chooseDisks,
   type Disk,
+  type DiskNames,
   type DiskRequest,
   deviceNumberOf,
   diskOf,
-  openControl,
 } from './disks.ts';
-import {
-  EXIT,
-  type ExitCode,
-  exitCodeOf,
-  explain,
-  reasonWords,
-  StillblockError,
-} from './errors.ts';
-import type { Folders } from './folders.ts';
+import { EXIT, exitCodeOf, explain, reasonWords, StillblockError } from './errors.ts';
 import { beGentle } from './gentle.ts';
-import { explainListen } from './listen.ts';
 import { startMetrics } from './metrics.ts';
 import { type FileSystem, fileSystemsOn, openFileSystem, readFileSystems } from './mounts.ts';
 import {
@@ -50,7 +49,6 @@ import {
 import { planRates, RateCaps } from './rates.ts';
 import { ReleaseStack } from './release-stack.ts';
 import { planStores, Store, type StoreRequest } from './store.ts';
-import type { Security } from './tls.ts';
 
 /** How long clients of a failed snapshot are still told EIO before the server goes away. */
 const FAILED_GRACE_MS = 5_000;
@@ -63,17 +61,29 @@ export interface BackupRequest {
   readonly store: StoreRequest;
   /** All tracked devices if there are none. */
   readonly disks: readonly DiskRequest[];
-  readonly listen: readonly (ListenAddress | InheritedSocket)[];
-  /** TLS, if there is any. */
-  readonly security: Security | undefined;
-  /** Other machines may be served in plain text. */
-  readonly insecure: boolean;
+  /** A server of its own; undefined for the one that is there. */
+  readonly server: ServerRequest | undefined;
   /** `RATE` and `DISK=RATE`, not read yet. */
   readonly maxRates: readonly string[];
   readonly metrics: ListenAddress | undefined;
   /** A checkpoint since which the changes of every disk must be known. */
   readonly incremental: string | undefined;
   readonly freezeTimeoutMs: number;
+}
+
+/** Who has backups taken: what they share. */
+export interface BackupHost {
+  readonly control: ControlDevice;
+  readonly checkpoints: CheckpointStore;
+  readonly diskNames: DiskNames;
+  /**
+   * Reserves disks, at once, and returns what gives them back.
+   *
+   * @throws StillblockError if one is in another backup
+   */
+  claim(disks: readonly Disk[], by: BackupSession): () => void;
+  /** The server that is asked for. Whoever got it closes it. */
+  serverFor(request: ServerRequest | undefined): Promise<BackupServer>;
 }
 
 /** Told what happens. */
@@ -84,15 +94,22 @@ export interface BackupObserver {
   storeGrown(sizeBytes: number): void;
   /** The store can't grow, and has so many bytes left. */
   storeLow(leftBytes: number): void;
+  /** It was served, and is released. */
+  ended(ended: BackupEnded): void;
 }
 
 /** The user wants it to end before it was served. */
 class Cancelled extends Error {}
 
+interface TakenDisk {
+  readonly disk: Disk;
+  readonly image: ImageInfo;
+}
+
 /** The parts of a snapshot that has been taken. */
 interface Taken {
   readonly snapshot: Snapshot;
-  readonly disks: readonly { readonly disk: Disk; readonly image: ImageInfo }[];
+  readonly disks: readonly TakenDisk[];
 }
 
 function fullRequired(disk: string, checkpoint: string, why: string): StillblockError {
@@ -124,13 +141,13 @@ function explainTake(
 }
 
 /** A backup from its begin to its end. Runs once. */
-export class BackupSession implements Controlled {
+export class BackupSession {
   readonly #request: BackupRequest;
-  readonly #folders: Folders;
+  readonly #host: BackupHost;
   readonly #observer: BackupObserver;
   readonly #log: Logger;
-  readonly #checkpoints: CheckpointStore;
-  readonly #server: NbdServer;
+  #server: BackupServer | undefined;
+  readonly #id: string = randomUUID();
   readonly #stack = new ReleaseStack();
   #phase: BackupPhase = 'preparing';
   #snapshot: Snapshot | undefined;
@@ -145,6 +162,8 @@ export class BackupSession implements Controlled {
   readonly #whenReleased = new Promise<void>((resolve) => {
     this.#released = resolve;
   });
+  #taken: readonly TakenDisk[] = [];
+  #earlier: readonly Checkpoint[] = [];
   #disks: readonly DiskReport[] = [];
   #exports: readonly ExportReport[] = [];
   #broken: CheckpointList['broken'] = [];
@@ -152,13 +171,15 @@ export class BackupSession implements Controlled {
   #forget: ForgetCached | undefined;
   #metrics: string | undefined;
 
-  constructor(request: BackupRequest, folders: Folders, observer: BackupObserver, log: Logger) {
+  constructor(request: BackupRequest, host: BackupHost, observer: BackupObserver, log: Logger) {
     this.#request = request;
-    this.#folders = folders;
+    this.#host = host;
     this.#observer = observer;
     this.#log = log;
-    this.#checkpoints = new CheckpointStore(folders);
-    this.#server = new NbdServer({ logger: log, ...request.security?.options });
+  }
+
+  get checkpoint(): string {
+    return this.#request.checkpoint;
   }
 
   /** The only place where the phase changes; see {@link BackupPhase}. */
@@ -171,46 +192,31 @@ export class BackupSession implements Controlled {
   }
 
   /**
-   * Runs until it is to end.
+   * Takes the snapshot; from then on it is served until {@link requestEnd}, or until it fails.
    *
-   * @returns the exit code: 4 after an overflow, 1 after any other failure of the snapshot
    * @throws StillblockError if it could not be begun; nothing is left behind
    */
-  async run(): Promise<ExitCode> {
-    const control = openControl();
-    let socket: ControlSocket | undefined;
+  async begin(): Promise<BackupDescription> {
     try {
-      if (!control.tryLock()) {
-        throw await this.#otherBackup();
-      }
-      socket = await ControlSocket.open(this.#folders, this);
-      await this.#begin(control);
-      await this.#untilEnd();
+      await this.#begin();
     } catch (error) {
-      if (!(error instanceof Cancelled)) {
-        throw error;
-      }
-    } finally {
-      this.#enter('ending');
-      await this.#stack.release((err) => this.#log.error({ err }, 'release'));
-      this.#enter('ended');
-      this.#released();
-      await socket?.close();
-      // Last, since it ends the lock.
-      control.close();
+      await this.#release();
+      throw error instanceof Cancelled ? cancelled(this.checkpoint) : error;
     }
-    return this.#failure === undefined ? EXIT.done : exitCodeOf(this.#failure);
+    this.#untilEnd()
+      .then(() => this.#release())
+      .catch((err: unknown) => this.#log.error({ err }, 'backup'));
+    return this.describe();
   }
 
-  /** One backup at a time: two could not both be meant by `backup end`. */
-  async #otherBackup(): Promise<StillblockError> {
-    const other = await describeBackup(this.#folders).catch(() => undefined);
-    const name = other === undefined ? '' : ` (checkpoint ${other.checkpoint})`;
-    return new StillblockError(
-      'BACKUP_RUNNING',
-      `another backup is running already${name}`,
-      'end it with stillblock backup end first',
-    );
+  async #release(): Promise<void> {
+    this.#enter('ending');
+    await this.#stack.release((err) => this.#log.error({ err }, 'release'));
+    this.#enter('ended');
+    if (this.#served) {
+      this.#observer.ended(this.#outcome());
+    }
+    this.#released();
   }
 
   /** Lets it end, at the next point where it can. */
@@ -222,16 +228,70 @@ export class BackupSession implements Controlled {
   async end(): Promise<BackupEnded> {
     this.requestEnd();
     await this.#whenReleased;
-    const { checkpoint } = this.#request;
+    return this.#outcome();
+  }
+
+  #outcome(): BackupEnded {
+    const { checkpoint } = this;
     return this.#failure === undefined
       ? { checkpoint, failed: false }
       : { checkpoint, failed: true, reason: this.#failure };
+  }
+
+  /**
+   * What changed on a disk since a checkpoint, up to this snapshot.
+   *
+   * @param since undefined for the latest that will do
+   * @throws StillblockError if the disk is not in it, or the changes since are not known
+   */
+  async changes(diskName: string, since: string | undefined): Promise<DiskChanges> {
+    const index = this.#taken.findIndex(({ disk }) => disk.name === diskName);
+    const found = this.#taken[index];
+    const snapshot = this.#snapshot;
+    if (found === undefined || snapshot === undefined || this.#phase !== 'serving') {
+      throw new StillblockError(
+        'NO_BACKUP',
+        `disk ${diskName} is in no backup that is served`,
+        'begin one: what changed is told as of its instant',
+      );
+    }
+    const { disk, image } = found;
+    const checkpoint = this.#earlier.findLast(({ name, ...rest }) =>
+      since === undefined
+        ? judge({ name, ...rest }, { ...image, name: disk.name }).kind === 'incremental'
+        : name === since,
+    );
+    if (checkpoint === undefined) {
+      throw since === undefined
+        ? fullRequired(disk.name, 'any', 'there is no checkpoint of it from before')
+        : new StillblockError(
+            'NO_CHECKPOINT',
+            `there was no checkpoint ${since} before ${this.checkpoint}`,
+            'see stillblock checkpoint list',
+          );
+    }
+    const verdict = judge(checkpoint, { ...image, name: disk.name });
+    if (verdict.kind === 'full') {
+      throw fullRequired(disk.name, checkpoint.name, verdict.why);
+    }
+    const extents = await snapshot.changedRanges(index, verdict.number);
+    const { sizeBytes, blockSizeBytes } = image;
+    return {
+      disk: disk.name,
+      since: checkpoint.name,
+      checkpoint: this.checkpoint,
+      sizeBytes,
+      blockSizeBytes,
+      changedBytes: extents.reduce((sum, { length }) => sum + length, 0),
+      extents,
+    };
   }
 
   describe(): BackupDescription {
     const held = this.#phase === 'serving' || this.#phase === 'failed';
     const state = held ? this.#snapshot?.state() : undefined;
     return {
+      id: this.#id,
       state: this.#phase,
       checkpoint: this.#request.checkpoint,
       pid,
@@ -263,18 +323,20 @@ export class BackupSession implements Controlled {
   }
 
   /** Everything up to serving: first all that can go wrong without a snapshot. */
-  async #begin(control: ControlDevice): Promise<void> {
+  async #begin(): Promise<void> {
+    const { control, diskNames } = this.#host;
     const earlier = await this.#requireFreeName();
     const devices = await BlockDevices.read();
     const trackers = await control.list();
-    const tracked = trackers.map((tracker) => diskOf(tracker, devices));
+    const tracked = trackers.map((tracker) => diskOf(tracker, devices, diskNames));
     const wanted = await Promise.all(
       this.#request.disks.map(async (disk) => ({
         ...disk,
         number: await deviceNumberOf(disk.path, tracked),
       })),
     );
-    const disks = chooseDisks(trackers, devices, wanted);
+    const disks = chooseDisks(trackers, devices, wanted, diskNames);
+    this.#stack.push(this.#host.claim(disks, this));
     this.#requireIncrements(
       earlier,
       disks.map(({ name, tracker }) => ({ ...tracker, name })),
@@ -285,8 +347,8 @@ export class BackupSession implements Controlled {
         disks.map(({ name }) => name),
       ),
     );
-    await this.#listen();
-    await this.#startMetrics();
+    const server = await this.#listen();
+    await this.#startMetrics(server);
     this.#forget = await beGentle(this.#log);
     const fileSystems = fileSystemsOn(
       disks.map(({ number }) => number),
@@ -302,20 +364,20 @@ export class BackupSession implements Controlled {
       earlier,
       taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name })),
     );
-    await this.#serve(taken, earlier);
+    await this.#serve(taken, earlier, server);
   }
 
   async #requireFreeName(): Promise<readonly Checkpoint[]> {
     const { checkpoint } = this.#request;
-    this.#stack.push(await this.#checkpoints.prepare());
-    if (await this.#checkpoints.has(checkpoint)) {
+    this.#stack.push(await this.#host.checkpoints.prepare());
+    if (await this.#host.checkpoints.has(checkpoint)) {
       throw new StillblockError(
         'CHECKPOINT_EXISTS',
         `there is a checkpoint ${checkpoint} already`,
         `choose another name, or run stillblock checkpoint delete ${checkpoint}`,
       );
     }
-    const { checkpoints, broken } = await this.#checkpoints.list();
+    const { checkpoints, broken } = await this.#host.checkpoints.list();
     this.#broken = broken;
     return checkpoints;
   }
@@ -352,24 +414,18 @@ export class BackupSession implements Controlled {
   }
 
   /** Listens before anything is taken: a port in use costs nothing then. */
-  async #listen(): Promise<void> {
-    this.#stack.push(() => this.#server.close());
-    const { listen, insecure } = this.#request;
-    for (const address of listen) {
-      try {
-        await this.#server.listen(address, { insecure });
-      } catch (error) {
-        throw explainListen(address, error);
-      }
-    }
+  async #listen(): Promise<BackupServer> {
+    const server = await this.#host.serverFor(this.#request.server);
+    this.#server = server;
+    this.#stack.push(() => server.close());
+    return server;
   }
 
-  async #startMetrics(): Promise<void> {
+  async #startMetrics(server: BackupServer): Promise<void> {
     const { metrics: address } = this.#request;
     if (address !== undefined) {
-      const server = this.#server;
       const metrics = await startMetrics(address, () => ({
-        nbd: { ...server.usage, accepted: server.accepted, exports: server.figures },
+        nbd: server.figures(),
         backup: this.describe(),
       }));
       this.#stack.push(() => metrics.close());
@@ -423,11 +479,10 @@ export class BackupSession implements Controlled {
     return { snapshot, disks: images };
   }
 
-  /** Keeps the checkpoint. If serving never begins there was no backup, and it goes again. */
-  async #keepCheckpoint(taken: Taken, earlier: readonly Checkpoint[]): Promise<void> {
-    const name = this.#request.checkpoint;
-    await this.#checkpoints.write({
-      name,
+  /** Writes the checkpoint out. It is kept when serving begins: without that there was no backup. */
+  async #stageCheckpoint(taken: Taken, earlier: readonly Checkpoint[]): Promise<StagedCheckpoint> {
+    const staged = await this.#host.checkpoints.stage({
+      name: this.#request.checkpoint,
       description: this.#request.description,
       parent: earlier.at(-1)?.name,
       creationTime: Number(taken.snapshot.state().takenNs / 1_000_000_000n),
@@ -438,55 +493,64 @@ export class BackupSession implements Controlled {
         number: image.checkpointNumber,
       })),
     });
+    this.#stack.push(() => staged.discard());
+    return staged;
+  }
+
+  async #keepCheckpoint(staged: StagedCheckpoint): Promise<void> {
+    await staged.commit();
     this.#stack.push(async () => {
       if (!this.#served) {
-        await this.#checkpoints.delete(name);
+        await this.#host.checkpoints.delete(this.#request.checkpoint);
       }
     });
   }
 
-  async #serve(taken: Taken, earlier: readonly Checkpoint[]): Promise<void> {
-    await this.#keepCheckpoint(taken, earlier);
-    const reports: DiskReport[] = [];
-    const exports: ExportReport[] = [];
-    for (const [index, { disk, image }] of taken.disks.entries()) {
-      const { report, served } = await this.#serveDisk(taken.snapshot, index, disk, image, earlier);
-      reports.push(report);
-      exports.push(...served);
-    }
-    if (taken.disks.length === 1 && taken.disks[0] !== undefined) {
-      this.#server.setDefaultExport(taken.disks[0].disk.name);
-    }
-    // Clients are gone before what they read is closed.
-    this.#stack.push(() => this.#server.close());
+  /** From here on a begin fails whose end was asked for, or whose snapshot has failed. */
+  #checkHeld(): void {
     this.#checkEnd();
     if (this.#failure !== undefined) {
       throw explainFailure(this.#failure);
     }
+  }
+
+  async #serve(taken: Taken, earlier: readonly Checkpoint[], server: BackupServer): Promise<void> {
+    const staged = await this.#stageCheckpoint(taken, earlier);
+    const reports: DiskReport[] = [];
+    const exports: ExportReport[] = [];
+    for (const index of taken.disks.keys()) {
+      const { report, served } = await this.#serveDisk(taken, index, earlier, server);
+      reports.push(report);
+      exports.push(...served);
+    }
+    // Clients are gone before what they read is closed.
+    this.#stack.push(() => server.close());
+    this.#checkHeld();
+    await this.#keepCheckpoint(staged);
+    this.#checkHeld();
+    this.#taken = taken.disks;
+    this.#earlier = earlier;
     this.#disks = reports;
     this.#exports = exports;
-    this.#request.security?.checkNames(
-      exports.flatMap(({ uris }) => uris),
-      this.#log,
-    );
+    server.checkNames(exports.flatMap(({ uris }) => uris));
     this.#enter('serving');
     this.#served = true;
     this.#observer.serving(this.describe());
   }
 
   async #serveDisk(
-    snapshot: Snapshot,
+    { snapshot, disks }: Taken,
     index: number,
-    disk: Disk,
-    image: ImageInfo,
     earlier: readonly Checkpoint[],
+    server: BackupServer,
   ): Promise<{ report: DiskReport; served: ExportReport[] }> {
+    const { disk, image } = disks[index] as TakenDisk;
     const path = await imagePath(image);
     const source = await openFileSource(path, this.#forget).catch((error: unknown) => {
       throw explain(error, path);
     });
     this.#stack.push(() => source.close());
-    const checkpoints: { name: string; dirty: readonly Extent[] }[] = [];
+    const checkpoints: { name: string; dirty: readonly Extent[]; number: number }[] = [];
     const full: { checkpoint: string; why: string }[] = [];
     for (const checkpoint of earlier) {
       const verdict = judge(checkpoint, { ...image, name: disk.name });
@@ -494,23 +558,25 @@ export class BackupSession implements Controlled {
         full.push({ checkpoint: checkpoint.name, why: verdict.why });
       } else {
         const dirty = await snapshot.changedRanges(index, verdict.number);
-        checkpoints.push({ name: checkpoint.name, dirty });
+        checkpoints.push({ name: checkpoint.name, dirty, number: verdict.number });
       }
     }
     const { name } = disk;
     const description = `${disk.path} at checkpoint ${this.#request.checkpoint}`;
-    const bandwidth = this.#caps.of(name);
+    const bandwidth = [...this.#caps.of(name), ...server.bandwidthOf(name)];
     for (const each of diskExports({ name, description, source, checkpoints, bandwidth })) {
-      this.#server.addExport(each);
+      server.add(each);
     }
     const { sizeBytes } = image;
-    const uris = (exported: string): string[] => this.#server.uris(exported);
+    const uris = (exported: string): string[] => server.uris(exported);
     return {
       report: {
         name,
         device: disk.path,
         sizeBytes,
         image: path,
+        generation: image.checkpointGeneration,
+        number: image.checkpointNumber,
         incremental: checkpoints.map((checkpoint) => checkpoint.name),
         full,
       },
@@ -523,6 +589,8 @@ export class BackupSession implements Controlled {
           uris: uris(`${name}@${checkpoint.name}`),
           sizeBytes,
           dirtyBytes: checkpoint.dirty.reduce((sum, { length }) => sum + length, 0),
+          generation: image.generation,
+          number: checkpoint.number,
         })),
       ],
     };
@@ -582,7 +650,7 @@ export class BackupSession implements Controlled {
       return;
     }
     this.#enter('failed');
-    this.#server.failExports();
+    this.#server?.fail();
     this.#observer.failed(explainFailure(reason));
     this.#wake?.();
   }
@@ -596,13 +664,21 @@ export class BackupSession implements Controlled {
     if (!this.#endRequested && this.#failure === undefined) {
       await woken();
     }
-    if (!this.#endRequested && this.#server.usage.connections > 0) {
+    if (!this.#endRequested && (this.#server?.connections() ?? 0) > 0) {
       // Pulls shall end with an error of the disk, not of the network.
       const timer = setTimeout(() => this.#wake?.(), FAILED_GRACE_MS);
       await woken();
       clearTimeout(timer);
     }
   }
+}
+
+function cancelled(checkpoint: string): StillblockError {
+  return new StillblockError(
+    'CANCELLED',
+    `the backup of checkpoint ${checkpoint} was ended before it was served`,
+    'begin again',
+  );
 }
 
 function explainFailure(reason: string): StillblockError {

@@ -44,6 +44,8 @@ export interface TlsPlan {
   readonly verifyPeer: boolean;
   /** A file of rules. */
   readonly access: string | undefined;
+  /** Rules themselves, in place of a file. */
+  readonly rules?: string | undefined;
   /** Other machines may be served in plain text, too. */
   readonly insecure: boolean;
 }
@@ -178,9 +180,11 @@ interface Loaded {
   readonly access: Access;
 }
 
-async function load({ certificates, keys, verifyPeer, access }: TlsPlan): Promise<Loaded> {
+async function load(plan: TlsPlan): Promise<Loaded> {
+  const { certificates, keys, verifyPeer, access, rules } = plan;
   // Rules have no use for a client's name that nobody has checked.
-  const asksClients = certificates !== undefined && (verifyPeer || access !== undefined);
+  const asksClients =
+    certificates !== undefined && (verifyPeer || access !== undefined || rules !== undefined);
   const credentials: TlsCredentials = {
     clientCertificates: asksClients ? (verifyPeer ? 'required' : 'optional') : 'none',
     ...(certificates !== undefined && {
@@ -190,6 +194,9 @@ async function load({ certificates, keys, verifyPeer, access }: TlsPlan): Promis
       keys: parseKeys((await requireBytes(keys)).toString('utf8'), keys),
     }),
   };
+  if (rules !== undefined) {
+    return { credentials, access: parseAccessRules(rules) };
+  }
   if (access === undefined) {
     return { credentials, access: () => true };
   }

@@ -4,29 +4,31 @@ import process, { env, pid, stderr } from 'node:process';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { NBD_DEFAULT_PORT } from '../../nbd/constants.ts';
 import { takeInheritedSockets } from '../activation.ts';
+import { type Api, withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
-import { endBackup } from '../control-socket.ts';
 import { parseDiskRequest } from '../disks.ts';
-import { StillblockError } from '../errors.ts';
+import { EXIT, explain, StillblockError, usageError } from '../errors.ts';
+import type { DaemonEvent } from '../events.ts';
 import { folders } from '../folders.ts';
 import { DEFAULT_HOST, type ListenOptions, planAddresses } from '../listen.ts';
 import { makeLog } from '../log.ts';
 import { METRICS_HELP, planMetrics } from '../metrics.ts';
 import { nativeConstants } from '../native.ts';
-import { errorLine, printJson, printLine, printTable } from '../output.ts';
+import { type BeginBody, beginBackup, endBackup, listBackups, reload } from '../operations.ts';
+import { printJson, printLine, printTable } from '../output.ts';
 import { MAX_RATE_HELP } from '../rates.ts';
 import { formatSize } from '../sizes.ts';
-import { type BackupObserver, type BackupRequest, BackupSession } from '../snapshot-session.ts';
+import { addTlsOptions, planTls, reportReload, TLS_HELP, type TlsOptions } from '../tls.ts';
 import {
-  addTlsOptions,
-  planTls,
-  reportReload,
-  Security,
-  TLS_HELP,
-  type TlsOptions,
-} from '../tls.ts';
-import { type CommonOptions, collect, example, newCommand, sizeOption } from './common.ts';
+  absolutePath,
+  type CommonOptions,
+  collect,
+  example,
+  newCommand,
+  pathOrName,
+  sizeOption,
+} from './common.ts';
 
 interface BeginOptions extends CommonOptions, ListenOptions, TlsOptions {
   readonly checkpoint: string;
@@ -39,27 +41,67 @@ interface BeginOptions extends CommonOptions, ListenOptions, TlsOptions {
   readonly freezeTimeout: number;
   readonly maxRate?: readonly string[];
   readonly metrics?: string;
+  readonly wait?: boolean;
 }
 
-async function toRequest(options: BeginOptions): Promise<BackupRequest> {
-  const listen = planAddresses(options, takeInheritedSockets(env, pid));
-  const tls = planTls(options);
+function absoluteAddress<T extends object>(
+  address: T | { readonly path: string },
+): T | { path: string } {
+  return 'path' in address ? { path: absolutePath(address.path) } : address;
+}
+
+/** The server that the options ask for; none of its own if they do not speak of any. */
+function serverOf(options: BeginOptions, solo: boolean): BeginBody['server'] {
+  const inherited = takeInheritedSockets(env, pid);
+  const listen = planAddresses(options, inherited).map(absoluteAddress);
+  const plan = planTls(options);
+  const { port, ipAddr, unix, insecure } = options;
+  const said = [port, ipAddr, unix, insecure].some((option) => option !== undefined);
+  if (!solo && inherited.length > 0) {
+    throw usageError(
+      'sockets have been inherited, and the daemon cannot have them',
+      'leave them out',
+    );
+  }
+  if (!solo && !said && plan.mode === 'off') {
+    return undefined;
+  }
+  const { mode, verifyPeer } = plan;
+  const { certificates, keys, access } = plan;
+  return {
+    listen,
+    tls: {
+      mode,
+      verifyPeer,
+      insecure: plan.insecure,
+      ...(certificates === undefined ? {} : { certificates: absolutePath(certificates) }),
+      ...(keys === undefined ? {} : { keys: absolutePath(keys) }),
+      ...(access === undefined ? {} : { access: absolutePath(access) }),
+    },
+  };
+}
+
+function toBody(options: BeginOptions, solo: boolean): BeginBody {
+  const server = serverOf(options, solo);
+  const { description, incremental, storeSize: sizeBytes, storeMax: maxBytes } = options;
   return {
     checkpoint: requireCheckpointName(options.checkpoint),
-    description: options.description ?? '',
+    ...(description === undefined ? {} : { description }),
     store: {
-      places: options.store,
-      sizeBytes: options.storeSize,
-      maxBytes: options.storeMax,
+      places: options.store.map((place) => (place === 'memory' ? place : absolutePath(place))),
+      ...(sizeBytes === undefined ? {} : { sizeBytes }),
+      ...(maxBytes === undefined ? {} : { maxBytes }),
     },
-    disks: (options.disk ?? []).map(parseDiskRequest),
-    listen,
-    security: await Security.open(tls),
-    insecure: tls.insecure,
-    maxRates: options.maxRate ?? [],
-    metrics: options.metrics === undefined ? undefined : planMetrics(options.metrics),
-    incremental:
-      options.incremental === undefined ? undefined : requireCheckpointName(options.incremental),
+    disks: (options.disk ?? []).map(parseDiskRequest).map(({ name, path }) => ({
+      ...(name === undefined ? {} : { name }),
+      path: pathOrName(path),
+    })),
+    ...(server === undefined ? {} : { server }),
+    ...(options.maxRate === undefined ? {} : { maxRates: options.maxRate }),
+    ...(options.metrics === undefined
+      ? {}
+      : { metrics: absoluteAddress(planMetrics(options.metrics)) }),
+    ...(incremental === undefined ? {} : { incremental: requireCheckpointName(incremental) }),
     freezeTimeoutMs: options.freezeTimeout * 1000,
   };
 }
@@ -104,71 +146,184 @@ export function printBackup(backup: BackupDescription): void {
   }
 }
 
-function observe(json: boolean): BackupObserver {
-  return {
-    serving: (description) => {
-      if (json) {
-        printJson({ event: 'serving', ...description });
-        return;
-      }
-      printBackup(description);
-      printLine('Ctrl-C, or stillblock backup end, ends it.');
-    },
-    failed: (error) => {
-      if (json) {
-        const { code, message, advice } = error;
-        printJson({ event: 'failed', reason: code, message, advice });
-      }
-      stderr.write(errorLine(error));
-    },
-    storeGrown: (sizeBytes) => {
-      if (json) {
-        printJson({ event: 'store-grown', sizeBytes });
-      } else {
-        printLine(`the store ran low and has grown to ${formatSize(sizeBytes)}`);
-      }
-    },
-    storeLow: (leftBytes) => {
-      if (json) {
-        printJson({ event: 'store-low', leftBytes });
-      }
-      stderr.write(
-        `stillblock: the store has ${formatSize(leftBytes)} left and cannot grow: finish soon, or begin again with a larger one\n`,
-      );
-    },
-  };
+function printServing(description: BackupDescription, json: boolean, stays: boolean): void {
+  if (json) {
+    printJson({ event: 'serving', ...description });
+    return;
+  }
+  printBackup(description);
+  const how = `stillblock backup end ${description.checkpoint}`;
+  printLine(stays ? `Ctrl-C, or ${how}, ends it.` : `${how} ends it.`);
 }
 
-/** Ends a session on the first signal; a second one ends the process, and with it the snapshot. */
-function endOnSignals(session: BackupSession, signals: readonly NodeJS.Signals[]): void {
-  for (const signal of signals) {
-    process.once(signal, () => session.requestEnd());
+/** Tells what happens to a backup that is served. */
+function printEvent(event: DaemonEvent, json: boolean): void {
+  const { id: _id, time: _time, ...told } = event;
+  switch (told.event) {
+    case 'failed':
+      if (json) {
+        const { reason, message, advice } = told;
+        printJson({ event: 'failed', reason, message, advice });
+      }
+      stderr.write(`stillblock: ${told.message}: ${told.advice}\n`);
+      break;
+    case 'store-grown':
+      if (json) {
+        printJson(told);
+      } else {
+        printLine(`the store ran low and has grown to ${formatSize(told.sizeBytes)}`);
+      }
+      break;
+    case 'store-low':
+      if (json) {
+        printJson(told);
+      }
+      stderr.write(
+        `stillblock: the store has ${formatSize(told.leftBytes)} left and cannot grow: finish soon, or begin again with a larger one\n`,
+      );
+      break;
+    default:
   }
+}
+
+/** Aborted by the first of these signals; a second one ends the process. */
+function stopOnSignals(signals: readonly NodeJS.Signals[]): AbortSignal {
+  const stop = new AbortController();
+  for (const signal of signals) {
+    process.once(signal, () => stop.abort());
+  }
+  return stop.signal;
+}
+
+/** What is seen of a backup in the foreground, from before it begins. */
+class Foreground {
+  readonly #json: boolean;
+  readonly #checkpoint: string;
+  readonly ended: Promise<void>;
+  #exitCode: number = EXIT.done;
+  #settle!: { resolve: () => void; reject: (error: Error) => void };
+
+  constructor(checkpoint: string, json: boolean) {
+    this.#checkpoint = checkpoint;
+    this.#json = json;
+    this.ended = new Promise((resolve, reject) => {
+      this.#settle = { resolve, reject };
+    });
+    // Who does not come to wait for it has another error to tell.
+    this.ended.catch(() => {});
+  }
+
+  watch(api: Api): Promise<void> {
+    return api.watch(
+      (event) => this.#onEvent(event),
+      () =>
+        this.#settle.reject(
+          new StillblockError(
+            'DAEMON_LOST',
+            'the daemon has gone, and with it the snapshot',
+            "look at the daemon's log, and begin again",
+          ),
+        ),
+    );
+  }
+
+  #onEvent(event: DaemonEvent): void {
+    if (!('checkpoint' in event) || event.checkpoint !== this.#checkpoint) {
+      return;
+    }
+    printEvent(event, this.#json);
+    if (event.event === 'failed') {
+      this.#exitCode = event.exitCode;
+    } else if (event.event === 'ended') {
+      this.#settle.resolve();
+    }
+  }
+
+  get exitCode(): number {
+    return this.#exitCode;
+  }
+}
+
+/** Begins a backup and stays until it has ended. */
+async function beginAndStay(api: Api, body: BeginBody, json: boolean): Promise<void> {
+  // With TLS, SIGHUP asks for certificates to be read again.
+  const hangUp = (body.server?.tls?.mode ?? 'off') !== 'off';
+  const stop = stopOnSignals(hangUp ? ['SIGINT', 'SIGTERM'] : ['SIGINT', 'SIGTERM', 'SIGHUP']);
+  if (hangUp) {
+    process.on('SIGHUP', () => {
+      api.call(reload, {}).then(
+        () => reportReload(undefined, json),
+        (error: unknown) => reportReload(explain(error, 'TLS'), json),
+      );
+    });
+  }
+  const foreground = new Foreground(body.checkpoint, json);
+  await foreground.watch(api);
+  try {
+    printServing(await api.call(beginBackup, { body }, stop), json, true);
+  } catch (error) {
+    if (!stop.aborted) {
+      throw error;
+    }
+    return;
+  }
+  const end = (): void => {
+    // Its end is seen among the events; that it has ended by itself is no error.
+    api.call(endBackup, { params: { name: body.checkpoint } }).catch(() => {});
+  };
+  if (stop.aborted) {
+    end();
+  }
+  stop.addEventListener('abort', end);
+  await foreground.ended;
+  process.exitCode = foreground.exitCode;
 }
 
 async function begin(options: BeginOptions): Promise<void> {
   const json = options.json === true;
-  const request = await toRequest(options);
-  const log = makeLog(options.verbose ?? 0);
-  const session = new BackupSession(request, folders(), observe(json), log);
-  const { security } = request;
-  endOnSignals(session, security ? ['SIGINT', 'SIGTERM'] : ['SIGINT', 'SIGTERM', 'SIGHUP']);
-  security?.reloadOnHangUp((error) => reportReload(error, json));
-  process.exitCode = await session.run();
-  if (json) {
-    printJson({ event: 'ended' });
-  }
+  requireCheckpointName(options.checkpoint);
+  await withApi(folders(), makeLog(options.verbose ?? 0), async (api) => {
+    const body = toBody(options, api.solo);
+    const stays = api.solo || options.wait === true;
+    if (stays) {
+      await api.open();
+      await beginAndStay(api, body, json);
+    } else {
+      printServing(await api.call(beginBackup, { body }), json, false);
+    }
+    return stays;
+  }).then((stayed) => {
+    if (json && stayed) {
+      printJson({ event: 'ended' });
+    }
+  });
 }
 
-async function end(options: CommonOptions): Promise<void> {
-  const ended = await endBackup(folders());
-  if (ended === undefined) {
+/** The backup that is meant: the one of that checkpoint, or the only one. */
+async function chooseBackup(api: Api, checkpoint: string | undefined): Promise<string> {
+  if (checkpoint !== undefined) {
+    return requireCheckpointName(checkpoint);
+  }
+  const { backups } = await api.call(listBackups, {});
+  const [only, ...others] = backups;
+  if (only === undefined) {
     throw new StillblockError(
       'NO_BACKUP',
       'no backup is running',
       'nothing need be done: see stillblock status',
     );
   }
+  if (others.length > 0) {
+    const names = backups.map((backup) => backup.checkpoint).join(', ');
+    throw usageError(`several backups are running: ${names}`, 'name one of them');
+  }
+  return only.checkpoint;
+}
+
+async function end(checkpoint: string | undefined, options: CommonOptions): Promise<void> {
+  const ended = await withApi(folders(), makeLog(options.verbose ?? 0), async (api) =>
+    api.call(endBackup, { params: { name: await chooseBackup(api, checkpoint) } }),
+  );
   if (options.json === true) {
     printJson({ ended });
   } else {
@@ -204,6 +359,7 @@ function beginCommand(): Command {
     .option('-U, --unix <SOCKET>', 'unix socket to listen on')
     .option('--max-rate <[DISK=]RATE>', MAX_RATE_HELP, collect)
     .option('--metrics <ADDRESS>', METRICS_HELP)
+    .option('--wait', 'with a daemon, too: stay until it has ended')
     .addOption(
       new Option('--freeze-timeout <SECONDS>', 'longest time to freeze file systems')
         .argParser(secondsOption)
@@ -213,6 +369,7 @@ function beginCommand(): Command {
     .addHelpText(
       'after',
       `
+Without a daemon (stillblock serve) this command serves it, until it is ended.
 A store on one of the disks themselves is allocated before the snapshot and does
 not grow. A block device is overwritten.
 
@@ -238,6 +395,7 @@ export function backupCommand(): Command {
     .addCommand(beginCommand())
     .addCommand(
       newCommand('end', 'end the running backup and release its snapshot')
+        .argument('[CHECKPOINT]', 'which one, if several run')
         .addHelpText(
           'after',
           `

@@ -1,34 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock checkpoint`: the named instants that increments can start from. */
 import { Command } from 'commander';
-import { BlockDevices } from '../block-devices.ts';
-import { type Checkpoint, CheckpointStore, judge, type Verdict } from '../checkpoints.ts';
-import { type Disk, diskOf, openControl } from '../disks.ts';
+import { type Api, withApi } from '../api-client.ts';
+import { requireCheckpointName } from '../checkpoints.ts';
 import { folders } from '../folders.ts';
+import { makeLog } from '../log.ts';
+import { deleteCheckpoint, getCheckpoint, listCheckpoints } from '../operations.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
 import { type CommonOptions, example, newCommand } from './common.ts';
 
-function toIso(seconds: number): string {
-  return new Date(seconds * 1000).toISOString();
-}
-
-/** A checkpoint as JSON prints it. */
-function toReport({ name, description, parent, creationTime, disks }: Checkpoint): object {
-  return { name, description, parent: parent ?? null, createdAt: toIso(creationTime), disks };
+function use<T>(options: CommonOptions, work: (api: Api) => Promise<T>): Promise<T> {
+  return withApi(folders(), makeLog(options.verbose ?? 0), work);
 }
 
 async function list(options: CommonOptions): Promise<void> {
-  const { checkpoints, broken } = await new CheckpointStore(folders()).list();
+  const { checkpoints, broken } = await use(options, (api) => api.call(listCheckpoints, {}));
   if (options.json === true) {
-    printJson({ checkpoints: checkpoints.map(toReport), broken });
+    printJson({ checkpoints, broken });
     return;
   }
   printTable(
     ['NAME', 'CREATED', 'DISKS', 'DESCRIPTION'],
-    checkpoints.map(({ name, creationTime, disks, description }) => [
+    checkpoints.map(({ name, createdAt, disks, description }) => [
       name,
-      toIso(creationTime),
+      createdAt,
       disks.map((disk) => disk.name).join(' '),
       description,
     ]),
@@ -39,60 +35,21 @@ async function list(options: CommonOptions): Promise<void> {
   }
 }
 
-/** The tracked disks, or none where that can't be told: no module, or no root. */
-async function trackedDisks(): Promise<readonly Disk[] | undefined> {
-  try {
-    const control = openControl();
-    try {
-      const devices = await BlockDevices.read();
-      return (await control.list()).map((tracker) => diskOf(tracker, devices));
-    } finally {
-      control.close();
-    }
-  } catch {
-    return undefined;
-  }
-}
-
-/** What the next backup of a disk of a checkpoint can be, as far as is known now. */
-function verdictOf(
-  checkpoint: Checkpoint,
-  { name, generation }: Checkpoint['disks'][number],
-  tracked: readonly Disk[] | undefined,
-): Verdict {
-  const disk =
-    tracked?.find(({ tracker }) => tracker.generation === generation) ??
-    tracked?.find((candidate) => candidate.name === name);
-  if (disk === undefined) {
-    const why = tracked === undefined ? 'the kernel module cannot be asked' : 'it is not tracked';
-    return { kind: 'full', why };
-  }
-  return judge(checkpoint, { ...disk.tracker, name: disk.name });
-}
-
 async function show(name: string, options: CommonOptions): Promise<void> {
-  const checkpoint = await new CheckpointStore(folders()).read(name);
-  const tracked = await trackedDisks();
-  const disks = checkpoint.disks.map((disk) => {
-    const verdict = verdictOf(checkpoint, disk, tracked);
-    return {
-      ...disk,
-      next: verdict.kind,
-      ...(verdict.kind === 'full' ? { why: verdict.why } : {}),
-    };
-  });
+  const params = { name: requireCheckpointName(name) };
+  const checkpoint = await use(options, (api) => api.call(getCheckpoint, { params }));
   if (options.json === true) {
-    printJson({ ...toReport(checkpoint), disks });
+    printJson(checkpoint);
     return;
   }
   printLine(`name         ${checkpoint.name}`);
-  printLine(`created      ${toIso(checkpoint.creationTime)}`);
+  printLine(`created      ${checkpoint.createdAt}`);
   printLine(`parent       ${checkpoint.parent ?? '-'}`);
   printLine(`description  ${checkpoint.description || '-'}`);
   printLine('');
   printTable(
     ['DISK', 'SIZE', 'NEXT BACKUP', 'GENERATION', 'NUMBER'],
-    disks.map((disk) => [
+    checkpoint.disks.map((disk) => [
       disk.name,
       formatSize(disk.sizeBytes),
       disk.why === undefined ? disk.next : `${disk.next}: ${disk.why}`,
@@ -104,9 +61,10 @@ async function show(name: string, options: CommonOptions): Promise<void> {
 }
 
 async function remove(name: string, options: CommonOptions): Promise<void> {
-  await new CheckpointStore(folders()).delete(name);
+  const params = { name: requireCheckpointName(name) };
+  const deleted = await use(options, (api) => api.call(deleteCheckpoint, { params }));
   if (options.json === true) {
-    printJson({ deleted: name });
+    printJson(deleted);
   } else {
     printLine(`checkpoint ${name} is deleted`);
   }

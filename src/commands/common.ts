@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What the commands' definitions share. */
+import { resolve } from 'node:path';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { parseSize } from '../sizes.ts';
 
@@ -50,4 +51,14 @@ export function countOption(least: number, most: number): (text: string) => numb
     }
     return value;
   };
+}
+
+/** A path for a daemon that works in another folder. */
+export function absolutePath(path: string): string {
+  return path === '' ? path : resolve(path);
+}
+
+/** A path made absolute, or a name as it is. */
+export function pathOrName(text: string): string {
+  return text.includes('/') ? absolutePath(text) : text;
 }

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock status`: what is going on. */
 import type { Command } from 'commander';
+import { withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
-import { describeBackup } from '../control-socket.ts';
-import { openControl } from '../disks.ts';
 import { folders } from '../folders.ts';
+import { makeLog } from '../log.ts';
+import { getStatus } from '../operations.ts';
 import { printJson, printLine } from '../output.ts';
 import { printBackup } from './backup.ts';
 import { type CommonOptions, example, newCommand } from './common.ts';
 
-function printState(backup: BackupDescription | undefined): void {
-  if (backup === undefined) {
-    printLine('no backup is running');
-    return;
-  }
+function printState(backup: BackupDescription): void {
   const reason = backup.reason === undefined ? '' : ` (${backup.reason})`;
   printLine(`backup ${backup.state}${reason}, process ${backup.pid}`);
   if (backup.takenAt !== undefined) {
@@ -22,25 +19,30 @@ function printState(backup: BackupDescription | undefined): void {
 }
 
 async function status(options: CommonOptions): Promise<void> {
-  const control = openControl();
-  try {
-    const module = control.info();
-    const trackers = await control.list();
-    const backup = await describeBackup(folders());
-    if (options.json === true) {
-      printJson({ module, trackedDevices: trackers.length, backup: backup ?? null });
-      return;
-    }
-    printLine(`module ${module.version}, tracked devices: ${trackers.length}`);
+  const found = await withApi(folders(), makeLog(options.verbose ?? 0), (api) =>
+    api.call(getStatus, {}),
+  );
+  if (options.json === true) {
+    printJson(found);
+    return;
+  }
+  const { module, trackedDevices, daemon, backups, missingDevices } = found;
+  printLine(`module ${module.version}, tracked devices: ${trackedDevices}`);
+  printLine(daemon === null ? 'no daemon' : `daemon ${daemon.pid}, since ${daemon.since}`);
+  for (const device of missingDevices) {
+    printLine(`${device} is configured, and not tracked: see the daemon's log`);
+  }
+  if (backups.length === 0) {
+    printLine('no backup is running');
+  }
+  for (const backup of backups) {
     printState(backup);
-  } finally {
-    control.close();
   }
 }
 
 /** `stillblock status` */
 export function statusCommand(): Command {
-  return newCommand('status', 'show the module, and the backup that is running')
+  return newCommand('status', 'show the module, the daemon, and the backups that run')
     .addHelpText('after', example('stillblock status --json | jq .backup.store'))
     .action(status);
 }

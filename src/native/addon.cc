@@ -38,6 +38,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   exports.Set("createStore", Napi::Function::New(env, StoreFile::Create, "createStore"));
   exports.Set("openStore", Napi::Function::New(env, StoreFile::Open, "openStore"));
   ExportFiles(env, exports);
+  ExportNotify(env, exports);
   return exports;
 }
 

@@ -14,4 +14,7 @@ struct AddonData {
 // Functions of files.cc.
 void ExportFiles(Napi::Env env, Napi::Object exports);
 
+// Functions of notify.cc.
+void ExportNotify(Napi::Env env, Napi::Object exports);
+
 #endif  // STILLBLOCK_NATIVE_ADDON_H_

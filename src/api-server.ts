@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+/** The control API as HTTP, on a unix socket that is root's alone. */
+import { rm } from 'node:fs/promises';
+import { createServer, type Server, type ServerResponse } from 'node:http';
+import { umask } from 'node:process';
+import { type FastifyError, type FastifyInstance, type FastifyReply, fastify } from 'fastify';
+import type { Logger } from 'pino';
+import { answerOf, statusOf } from './api-errors.ts';
+import type { Daemon } from './daemon.ts';
+import { explain, StillblockError, usageError } from './errors.ts';
+import type { DaemonEvent } from './events.ts';
+import { type Folders, makeFolder, socketPath } from './folders.ts';
+import { openApiDocument } from './openapi.ts';
+import { EVENTS_PATH, type Input, OPENAPI_PATH, OPERATIONS, type Operation } from './operations.ts';
+
+/** A request names at most 256 things by paths of at most 4096 characters. */
+const BODY_BYTES = 1024 * 1024;
+/** A request is a line and a few headers. */
+const HEADER_BYTES = 16 * 1024;
+/** A person or two with a terminal, a monitor, and a backup product. */
+const MAX_STREAMS = 32;
+/** What a listener may be behind, bytes: some thousands of events. */
+const MAX_BEHIND_BYTES = 1024 * 1024;
+/** A silent connection would be taken for dead by what lies between. */
+const HEARTBEAT_MS = 20_000;
+
+/** Translates what fastify itself refuses. */
+function toStillblockError(error: unknown): StillblockError | undefined {
+  if (error instanceof StillblockError) {
+    return error;
+  }
+  const { validation, statusCode, message } = error as Partial<FastifyError>;
+  if (validation !== undefined || (statusCode !== undefined && statusCode < 500)) {
+    return usageError(message ?? 'the request is wrong', `see ${OPENAPI_PATH} for what it takes`);
+  }
+  return undefined;
+}
+
+function refuse(reply: FastifyReply, error: unknown, log: Logger): FastifyReply {
+  const known = toStillblockError(error);
+  if (known === undefined) {
+    log.error({ err: error }, 'request');
+  }
+  const told =
+    known ??
+    new StillblockError(
+      'BUG',
+      error instanceof Error ? error.message : String(error),
+      'this is a mistake of ours: please report it, with the log',
+    );
+  return reply.code(statusOf(told)).send(answerOf(told));
+}
+
+function addOperation(
+  app: FastifyInstance,
+  operation: Operation<never, unknown>,
+  daemon: Daemon,
+): void {
+  const { method, path, status, body, query } = operation;
+  const properties = Object.fromEntries(
+    Object.keys(query ?? {}).map((name) => [name, { type: 'string', minLength: 1 }]),
+  );
+  app.route({
+    method,
+    url: path.replaceAll(/\{(\w+)\}/g, ':$1'),
+    schema: {
+      querystring: { type: 'object', properties, additionalProperties: false },
+      ...(body === undefined ? {} : { body }),
+    },
+    handler: async (request, reply) => {
+      const gone = new AbortController();
+      reply.raw.once('close', () => gone.abort());
+      const input: Input = {
+        params: request.params as Record<string, string>,
+        query: request.query as Record<string, string>,
+        body: request.body,
+      };
+      const answer = await operation.run(daemon, input as never, gone.signal);
+      return reply.code(status).send(answer);
+    },
+  });
+}
+
+/** One listener's stream of events (HTML standard, 9.2 Server-sent events). */
+function stream(daemon: Daemon, response: ServerResponse, after: number | undefined): void {
+  response.writeHead(200, { 'content-type': 'text/event-stream', 'cache-control': 'no-store' });
+  response.write(': stillblock\n\n');
+  const send = (text: string): void => {
+    if (response.writableLength > MAX_BEHIND_BYTES) {
+      response.destroy();
+    } else {
+      response.write(text);
+    }
+  };
+  const unsubscribe = daemon.events.subscribe((event: DaemonEvent) => {
+    send(`id: ${event.id}\nevent: ${event.event}\ndata: ${JSON.stringify(event)}\n\n`);
+  }, after);
+  const heartbeat = setInterval(() => send(': \n\n'), HEARTBEAT_MS);
+  response.once('close', () => {
+    clearInterval(heartbeat);
+    unsubscribe();
+  });
+}
+
+/** Something of the API that is no operation: it lives as long as its server. */
+function addEvents(app: FastifyInstance, daemon: Daemon, streams: Set<ServerResponse>): void {
+  app.get(EVENTS_PATH, (request, reply) => {
+    if (streams.size >= MAX_STREAMS) {
+      throw new StillblockError(
+        'TOO_MANY',
+        `${MAX_STREAMS} clients listen to events already`,
+        'end one of them',
+      );
+    }
+    const last = request.headers['last-event-id'];
+    const after = typeof last === 'string' && /^\d{1,15}$/.test(last) ? Number(last) : undefined;
+    reply.hijack();
+    streams.add(reply.raw);
+    reply.raw.once('close', () => streams.delete(reply.raw));
+    stream(daemon, reply.raw, after);
+  });
+}
+
+/** The routes of the API, on a server that does not listen yet. */
+export function buildApi(
+  daemon: Daemon,
+  log: Logger,
+  makeServer: () => Server = () =>
+    createServer({ maxHeaderSize: HEADER_BYTES, headersTimeout: 10_000, requestTimeout: 30_000 }),
+): { readonly app: FastifyInstance; readonly streams: ReadonlySet<ServerResponse> } {
+  let server: Server | undefined;
+  const app = fastify({
+    bodyLimit: BODY_BYTES,
+    logger: false,
+    forceCloseConnections: 'idle',
+    ajv: { customOptions: { removeAdditional: false, coerceTypes: false } },
+    serverFactory: (handler) => {
+      server = makeServer();
+      server.on('request', handler);
+      return server;
+    },
+  });
+  const streams = new Set<ServerResponse>();
+  app.setErrorHandler((error, _request, reply) => refuse(reply, error, log));
+  app.setNotFoundHandler((request, reply) => {
+    const error = new StillblockError(
+      'NOT_FOUND',
+      `there is no ${request.method} ${request.url}`,
+      `see ${OPENAPI_PATH} for what there is`,
+    );
+    return refuse(reply, error, log);
+  });
+  for (const operation of OPERATIONS) {
+    addOperation(app, operation, daemon);
+  }
+  app.get(OPENAPI_PATH, (_request, reply) => reply.send(openApiDocument()));
+  addEvents(app, daemon, streams);
+  return { app, streams };
+}
+
+/** A server of the API that listens. */
+export interface ApiServer {
+  /** Sends the answers that are due, ends the streams, and stops to listen. */
+  close(): Promise<void>;
+}
+
+function listen(server: Server, where: { path: string } | { fd: number }): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once('error', reject);
+    // The socket is made, with its mode, before listen() returns.
+    const before = umask(0o177);
+    server.listen(where, resolve);
+    umask(before);
+  });
+}
+
+/**
+ * Serves the API on the socket of an installation.
+ *
+ * The caller is the only daemon: a socket that is there is a dead process's, and is replaced.
+ *
+ * @param fd a socket that listens already, as systemd hands it over
+ */
+export async function serveOnSocket(
+  daemon: Daemon,
+  folders: Folders,
+  log: Logger,
+  fd?: number,
+): Promise<ApiServer> {
+  const path = socketPath(folders);
+  const removeFolder = await makeFolder(folders.run);
+  const { app, streams } = buildApi(daemon, log);
+  try {
+    await app.ready();
+    if (fd === undefined) {
+      await rm(path, { force: true });
+    }
+    await listen(app.server, fd === undefined ? { path } : { fd });
+  } catch (error) {
+    await removeFolder();
+    throw explain(error, path);
+  }
+  return {
+    close: async () => {
+      for (const response of streams) {
+        response.end();
+      }
+      const closed = new Promise<void>((resolve) => app.server.close(() => resolve()));
+      app.server.closeIdleConnections();
+      await closed;
+      await app.close();
+      await removeFolder();
+    },
+  };
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+/** `stillblock serve`: the daemon. */
+import process, { env, pid } from 'node:process';
+import type { Command } from 'commander';
+import { takeInheritedSockets } from '../activation.ts';
+import { runningBackup } from '../api-client.ts';
+import {
+  CONFIGURATION_FILE,
+  type Configuration,
+  defaultConfiguration,
+  readConfiguration,
+} from '../configuration.ts';
+import { Daemon } from '../daemon.ts';
+import { StillblockError } from '../errors.ts';
+import { makeLog } from '../log.ts';
+import { ReleaseStack } from '../release-stack.ts';
+import { ServiceManager } from '../service.ts';
+import { type CommonOptions, newCommand } from './common.ts';
+
+interface ServeOptions extends CommonOptions {
+  readonly config?: string;
+}
+
+/** Without a file at the usual place the defaults are in force; one that was named must be there. */
+async function configurationOf(options: ServeOptions): Promise<Configuration> {
+  try {
+    return await readConfiguration(options.config ?? CONFIGURATION_FILE);
+  } catch (error) {
+    const absent = error instanceof StillblockError && error.code === 'NO_CONFIGURATION';
+    if (absent && options.config === undefined) {
+      return defaultConfiguration();
+    }
+    throw error;
+  }
+}
+
+/** Settles with the first signal that asks to end; a second one ends the process. */
+function endingSignal(): Promise<string> {
+  return new Promise((resolve) => {
+    for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+      process.once(signal, () => resolve(signal));
+    }
+  });
+}
+
+async function run(options: ServeOptions): Promise<void> {
+  const configuration = await configurationOf(options);
+  const log = makeLog(options.verbose ?? 0);
+  log.level = options.verbose === undefined ? configuration.logLevel : log.level;
+  const { folders } = configuration;
+  const [control] = takeInheritedSockets(env, pid);
+  const manager = new ServiceManager(log);
+  const stack = new ReleaseStack();
+  try {
+    const daemon = new Daemon(folders, log, false, () => configurationOf(options));
+    stack.push(() => daemon.close());
+    await daemon.lock(() => runningBackup(folders));
+    await daemon.configure(configuration);
+    // Other commands start faster without it.
+    const { serveOnSocket } = await import('../api-server.ts');
+    const server = await serveOnSocket(daemon, folders, log, control?.descriptor);
+    stack.push(() => server.close());
+    stack.push(() => daemon.endBackups());
+    const end = endingSignal();
+    let reloading = Promise.resolve();
+    process.on('SIGHUP', () => {
+      reloading = reloading.then(async () => {
+        manager.reloading();
+        await daemon.reload().then(
+          () => log.info('reloaded'),
+          (err: unknown) => log.error({ err }, 'not reloaded: what was in force stays'),
+        );
+        manager.ready('serving');
+      });
+    });
+    manager.ready('serving');
+    log.info('ready');
+    log.info({ signal: await end }, 'ending');
+    manager.stopping();
+  } finally {
+    await stack.release((err) => log.error({ err }, 'release'));
+  }
+}
+
+/** `stillblock serve` */
+export function serveCommand(): Command {
+  return newCommand('serve', 'run the daemon, in the foreground')
+    .option('--config <FILE>', `configuration (default: ${CONFIGURATION_FILE}, if there is one)`)
+    .addHelpText(
+      'after',
+      `
+It holds the backups that other commands begin and end. SIGHUP reads the configuration
+again; SIGTERM ends all backups and then the daemon. Devices stay tracked.
+
+Example:
+  systemctl enable --now stillblock`,
+    )
+    .action(run);
+}
