@@ -86,8 +86,39 @@ export interface Result {
 
 const cli = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 
+/** Programs of one test file that run side by side: all at once would starve each other. */
+const MAX_RUNNING = 4;
+let running = 0;
+const waiting: (() => void)[] = [];
+
+async function whenMyTurn(): Promise<() => void> {
+  if (running >= MAX_RUNNING) {
+    await new Promise<void>((resolve) => waiting.push(resolve));
+  } else {
+    running += 1;
+  }
+  // Who is next takes over this one's place.
+  return () => {
+    const next = waiting.shift();
+    if (next === undefined) {
+      running -= 1;
+    } else {
+      next();
+    }
+  };
+}
+
 /** Runs the program with state of the test's own. */
-export function stillblock(folders: Folders, ...args: readonly string[]): Promise<Result> {
+export async function stillblock(folders: Folders, ...args: readonly string[]): Promise<Result> {
+  const done = await whenMyTurn();
+  try {
+    return await run(folders, args);
+  } finally {
+    done();
+  }
+}
+
+function run(folders: Folders, args: readonly string[]): Promise<Result> {
   return new Promise((resolve) => {
     const env = {
       ...process.env,
