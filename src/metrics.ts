@@ -21,7 +21,7 @@ import { StillblockError, usageError } from './errors.ts';
 import { DEFAULT_HOST, explainListen } from './listen.ts';
 
 /** What the option says in a command's help. */
-export const METRICS_HELP = 'serve Prometheus metrics on [HOST:]PORT or a socket';
+export const METRICS_HELP = 'Prometheus metrics on [HOST:]PORT or socket';
 
 /** What the metrics are made of. */
 export interface Measured {

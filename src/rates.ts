@@ -5,7 +5,7 @@ import { usageError } from './errors.ts';
 import { formatSize, parseSize } from './sizes.ts';
 
 /** What the option says in a command's help. */
-export const MAX_RATE_HELP = 'bytes per second of all or of one, repeatable (100M)';
+export const MAX_RATE_HELP = 'bytes per second of all or one, repeatable';
 
 /** Caps, in bytes per second. */
 export interface Rates {

@@ -352,14 +352,14 @@ function beginCommand(): Command {
     .option('--store-size <SIZE>', 'of each, to begin with (default: a share)', sizeOption)
     .option('--store-max <SIZE>', "of each, to grow to (default: a folder's room)", sizeOption)
     .option('--disk <[NAME=]DEV>', 'tracked device, by path or name, repeatable (all)', collect)
-    .option('--incremental <NAME>', 'fail unless all changes since NAME are known')
+    .option('--incremental <NAME>', 'fail unless changes since are known')
     .option('--description <TEXT>', 'kept with the checkpoint')
     .option('-p, --port <PORT>', `TCP port, 0 for any free one (default: ${NBD_DEFAULT_PORT})`)
     .option('-i, --ip-addr <ADDR>', `address to listen on, repeatable (${DEFAULT_HOST})`, collect)
     .option('-U, --unix <SOCKET>', 'unix socket to listen on')
     .option('--max-rate <[DISK=]RATE>', MAX_RATE_HELP, collect)
     .option('--metrics <ADDRESS>', METRICS_HELP)
-    .option('--wait', 'with a daemon, too: stay until it has ended')
+    .option('--wait', 'stay until it has ended')
     .addOption(
       new Option('--freeze-timeout <SECONDS>', 'longest time to freeze file systems')
         .argParser(secondsOption)
@@ -369,9 +369,9 @@ function beginCommand(): Command {
     .addHelpText(
       'after',
       `
-Without a daemon (stillblock serve) this command serves it, until it is ended.
-A store on one of the disks themselves is allocated before the snapshot and does
-not grow. A block device is overwritten.
+Without a daemon (stillblock serve) this command serves it, until it is ended. A store
+on one of the disks is allocated before the snapshot and does not grow. A block device
+is overwritten.
 
 ${TLS_HELP}
 
@@ -381,8 +381,7 @@ Examples:
   stillblock backup begin --checkpoint monday --store /mnt/spare
   stillblock backup begin --checkpoint tuesday --store memory --store-size 2G \\
     --disk sda=/dev/sda --incremental monday
-  qemu-img convert -O qcow2 nbd://127.0.0.1/sda monday.qcow2
-  qemu-img convert -O qcow2 -B monday.qcow2 -F qcow2 nbd://127.0.0.1/sda@monday tuesday.qcow2`,
+  qemu-img convert -O qcow2 nbd://127.0.0.1/sda monday.qcow2`,
     )
     .action(begin);
 }
