@@ -296,7 +296,7 @@ export class NodeTls implements TlsAcceptor {
     const certificate = stream.getPeerX509Certificate();
     if (certificate === undefined) {
       if (clientCertificates === 'required') {
-        throw new TlsRefusal('TLS: client has no certificate');
+        throw new TlsRefusal('TLS: client has no certificate of an authority of ours');
       }
       return ANONYMOUS;
     }

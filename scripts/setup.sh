@@ -28,6 +28,8 @@ packages=(
     gnutls-bin openssl
     # databases that hooks make ready, and what reads manual pages
     postgresql-15 mariadb-server mandoc
+    # socket activation by its own tool
+    systemd
 )
 
 missing_packages() {

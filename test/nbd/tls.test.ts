@@ -447,7 +447,7 @@ async function refused(where: Secured, options: ConnectionOptions): Promise<void
 test('a client without a certificate, where one is required', async (t) => {
   const where = await secured(t, { clients: 'required' });
   await refused(where, where.trust);
-  t.deepEqual(reasons(where), ['TLS: client has no certificate']);
+  t.deepEqual(reasons(where), ['TLS: client has no certificate of an authority of ours']);
 });
 
 test('a certificate that has expired', async (t) => {
