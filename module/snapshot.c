@@ -445,6 +445,11 @@ static void snapshot_release_origins(struct stb_snapshot *s)
 
 	stb_assert_control();
 	snapshot_set_state(s, STB_SNAPSHOT_ENDED, 0);
+	/*
+	 * It may be failing the snapshot at this moment, which lets all writes
+	 * of the origins pass: not those of the next snapshot.
+	 */
+	cancel_delayed_work_sync(&s->watchdog);
 	for (i = 0; i < s->nr_images; i++) {
 		struct stb_tracker *t = s->images[i].cow.tracker;
 
@@ -468,7 +473,6 @@ static void snapshot_end(struct stb_snapshot *s)
 		stb_cow_kick(&s->images[i].cow);
 		stb_image_del(&s->images[i]);
 	}
-	cancel_delayed_work_sync(&s->watchdog);
 	if (wait_event_timeout(put_wait, kref_read(&s->ref) == 1,
 			       STB_CLOSE_TIMEOUT))
 		snapshot_destroy(s);
