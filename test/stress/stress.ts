@@ -166,18 +166,20 @@ export class StressGuest {
     );
     const ended = command.wait(seconds * 1000 + endLimitMs);
     let shown = 0;
-    const show = setInterval(() => {
+    const show = (): void => {
       const lines = command.stdout.split('\n').slice(0, -1);
       for (const line of lines.slice(shown)) onLine?.(line);
       shown = lines.length;
-    }, showEveryMs);
+    };
+    const showing = setInterval(show, showEveryMs);
     try {
       const { stdout, code } = await ended;
       const line = stdout.split('\n').find((text) => text.startsWith('{'));
       const counts = line === undefined ? undefined : (JSON.parse(line) as StressCounts);
       return { counts, code, log: stdout };
     } finally {
-      clearInterval(show);
+      clearInterval(showing);
+      show();
     }
   }
 

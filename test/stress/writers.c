@@ -294,6 +294,15 @@ static void aio_submit(aio_context_t context, struct iocb **list, long nr)
 	while (nr > 0) {
 		long done = syscall(SYS_io_submit, context, nr, list);
 
+		if (done < 0 && errno == EOPNOTSUPP && list[0]->aio_rw_flags) {
+			/* A device without NOWAIT is refused here by now. */
+			struct slot *slot = (void *)(uintptr_t)list[0]->aio_data;
+
+			slot->nowait = false;
+			list[0]->aio_rw_flags = 0;
+			atomic_fetch_add(&world.nr_nowait_refused, 1);
+			continue;
+		}
 		if (done < 0 && errno != EAGAIN && errno != EINTR)
 			give_up("io_submit: %s", strerror(errno));
 		if (done > 0) {
