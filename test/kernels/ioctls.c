@@ -9,6 +9,7 @@
  *   attach PATH [BLOCK_SIZE]         "ok ID"
  *   detach ID                        "ok"
  *   detach all                       "ok COUNT"
+ *   mark ID OFFSET LENGTH            "ok"
  *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION..."
  *   take NAME [trackers=ID,...] [mounts=PATH,...] [stores=KIND:VALUE,...]
  *        [freeze=MS] [low=BYTES]     "ok IMAGE..."; stores are memory:BYTES,
@@ -165,6 +166,18 @@ static void detach(const char *what)
 	answer(error, args.reason, 0);
 	if (!error)
 		printf(" %u", nr);
+}
+
+static void mark(uint64_t tracker, uint64_t offset, uint64_t length)
+{
+	struct stillblock_mark args = {
+		.tracker = tracker,
+		.offset = offset,
+		.length = length,
+	};
+	int error = request(control, STILLBLOCK_IOC_MARK, &args);
+
+	answer(error, args.reason, 0);
 }
 
 static int read_extents(struct store *store)
@@ -448,6 +461,7 @@ static void serve_snapshot(const char *verb, char *line)
 
 static void serve(char *line)
 {
+	unsigned long long id = 0, offset = 0, length = 0;
 	char verb[16] = "", path[256] = "";
 	unsigned int number = 0;
 	int rest = 0;
@@ -460,6 +474,8 @@ static void serve(char *line)
 		attach(path, number);
 	else if (sscanf(line, "detach %255s", path) == 1)
 		detach(path);
+	else if (sscanf(line, "mark %llu %llu %llu", &id, &offset, &length) == 3)
+		mark(id, offset, length);
 	else if (!strcmp(verb, "list"))
 		print_list();
 	else if (!strcmp(line, "close all"))
