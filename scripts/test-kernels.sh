@@ -52,7 +52,11 @@ results=$folder/results
 : >"$results"
 # The slowest kernel first, so that both lanes end together.
 for kernel in $(printf '%s\n' "$@" | sort -r); do
-    for file in "${files[@]}"; do printf '%s %s %s\n' "$results" "$kernel" "$file"; done
+    for file in "${files[@]}"; do
+        # Allocations can be made to fail on that one alone.
+        [[ $kernel = debug || $file != */memory.test.js ]] || continue
+        printf '%s %s %s\n' "$results" "$kernel" "$file"
+    done
 done >"$folder/runs"
 xargs -a "$folder/runs" -P"${STILLBLOCK_TEST_LANES:-2}" -L1 "$checkout/scripts/test-kernels.sh" --one || say 'a test run ended without a result'
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who owns a snapshot dies, at each step of its begin and while it serves; and
-// the module comes and goes under writes. Nothing may be left of either.
+// Who owns a snapshot dies, at each step of its begin and while it serves; asks for
+// more than there is; and the module comes and goes under writes. Nothing may be left
+// of any of it.
 
 import test, { type ExecutionContext } from 'ava';
 import type { GuestCommand } from '../vm/command.ts';
@@ -15,10 +16,12 @@ import {
   MiB,
   refusalIn,
   testKernel,
+  withProduct,
 } from './world.ts';
 
 const kernel = testKernel();
 const killed = 128 + 9;
+const ENOMEM = 12;
 const disks = { raw: 40, mounted: 64, store: 96 } as const;
 const writtenBytes = 24 * MiB;
 const paceUs = 2000;
@@ -31,25 +34,21 @@ const manyCalls = 40;
 
 let guest: Guest;
 let killer = '';
+let ioctls = '';
+let oracleProgram = '';
 let oracle: Conversation;
 let module: Conversation;
 const nodes = new Map<string, string>();
 const node = (name: keyof typeof disks): string => nodes.get(name) ?? '';
 
 test.before(async () => {
-  const [ioctls, oracleProgram, library] = await Promise.all(
+  [ioctls = '', oracleProgram = '', killer = ''] = await Promise.all(
     (['ioctls', 'oracle', 'killer'] as const).map(buildTool),
   );
-  killer = library ?? '';
   guest = await bootGuest({
     kernel,
     disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
     memoryMiB: 1024,
-    /*
-     * The module is loaded and unloaded under writes. With several threads QEMU's
-     * emulation may run a stale breakpoint of the kernel's text patching for ever.
-     */
-    cpus: 1,
   });
   for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
   await guest.run(
@@ -61,8 +60,8 @@ test.before(async () => {
     mkfs.ext4 -q -F ${node('store')}; mount ${node('store')} /srv/store`,
   );
   await guest.loadModule();
-  module = new Conversation(guest, ioctls ?? '');
-  oracle = new Conversation(guest, oracleProgram ?? '');
+  module = new Conversation(guest, ioctls);
+  oracle = new Conversation(guest, oracleProgram);
   await module.require(`attach ${node('raw')}`);
   await module.require(`attach ${mapped}`);
   await oracle.require(`open raw ${node('raw')} ${writtenBytes} ${paceUs}`);
@@ -91,34 +90,66 @@ async function assertNothingLeft(t: ExecutionContext, free: string): Promise<voi
   t.is(errno, '0');
 }
 
+/**
+ * What is killed at its n-th call: the command line's begin where it takes part, else one
+ * that consists of its requests.
+ */
+async function beginKilledAt(at: number): Promise<GuestCommand> {
+  const preload = `rm -f /run/calls; export KILL_AT=${at} KILL_LOG=/run/calls LD_PRELOAD=${shellQuote(killer)}`;
+  if (withProduct) {
+    const command = Backup.commandLine(`step${at}`, '--store /srv/store --store-size 32M');
+    // Without the checkpoints of the turns before, each of which asks for its changes.
+    return guest.start(
+      `rm -f /var/lib/stillblock/checkpoints/*; ${preload} UV_THREADPOOL_SIZE=1; exec ${command}`,
+    );
+  }
+  const ids = (await module.require('list')).map((words) => words.split(':')[0]);
+  const begin = guest.start(
+    `fallocate -l 32M /srv/store/file; sync -f /srv/store
+    ${preload}; exec ${shellQuote(ioctls)}`,
+  );
+  begin.write(
+    `list
+take step trackers=${ids.join(',')} mounts=/srv/mounted stores=file:/srv/store/file,memory:${MiB}
+state step
+map step 0 0
+add step memory:${MiB}
+`,
+  );
+  return begin;
+}
+
+/** What says that it has come to its end: the event, or an answer to each request. */
+const serving: RegExp = withProduct ? /"event":"serving"/ : /^(?:ok.*\n){5}/;
+
 test.serial('a backup that is killed at any step of its begin leaves nothing', async (t) => {
   t.timeout(15 * 60_000);
   const free = await freeBlocks();
   const killedAt: string[] = [];
   for (let at = 1; at < manyCalls; at += 1) {
-    const command = Backup.commandLine(`step${at}`, '--store /srv/store --store-size 32M');
-    const begin: GuestCommand = guest.start(
-      // Without the checkpoints of the turns before, each of which asks for its changes.
-      `rm -f /run/calls /var/lib/stillblock/checkpoints/*; export UV_THREADPOOL_SIZE=1 KILL_AT=${at} KILL_LOG=/run/calls LD_PRELOAD=${shellQuote(killer)}; exec ${command}`,
-    );
-    const serving = begin.waitForOutput(/"event":"serving"/, cliLimitMs).then(
+    const begin = await beginKilledAt(at);
+    const served = await begin.waitForOutput(serving, cliLimitMs).then(
       () => true,
       () => false,
     );
-    if (await serving) {
+    if (served) {
       // Past the last step: killed while it serves.
       begin.kill(9);
-      t.is((await begin.wait(cliLimitMs)).code, killed);
-      await assertNothingLeft(t, free);
-      break;
     }
     t.is((await begin.wait(cliLimitMs)).code, killed, begin.stderr);
+    if (!withProduct) await guest.run('until rm /srv/store/file 2>/dev/null; do :; done');
+    await assertNothingLeft(t, free);
+    if (served) break;
     const { stdout } = await guest.run('tail -n1 /run/calls');
     killedAt.push(stdout.trim());
-    await assertNothingLeft(t, free);
   }
   t.log(killedAt);
   t.true(killedAt.length < manyCalls - 1, 'it never came to serve');
+  if (!withProduct) {
+    // Its requests: list, extents, take, two images, state, image, map, add.
+    t.is(killedAt.filter((line) => line.includes('ioctl')).length, 9, killedAt.join('\n'));
+    return;
+  }
   // Its ioctls (info, list, extents, take, image, state), the store's file, the checkpoint's.
   t.true(killedAt.length >= 10, killedAt.join('\n'));
   for (const call of ['fallocate', 'fsync', 'rename', 'ioctl']) {
@@ -135,7 +166,7 @@ test.serial(
     const free = await freeBlocks();
     const ids = (await module.require('list')).map((word) => word.split(':')[0]);
     await guest.run('dmsetup suspend --noflush --nolockfs mounted');
-    const other = new Conversation(guest, await buildTool('ioctls'));
+    const other = new Conversation(guest, ioctls);
     const take = other.ask(
       `take stuck trackers=${ids.join(',')} mounts=/srv/mounted stores=memory:${16 * MiB} freeze=5000`,
     );
@@ -146,6 +177,18 @@ test.serial(
     await assertNothingLeft(t, free);
   },
 );
+
+test.serial('a store larger than the memory is refused', async (t) => {
+  const [id] = (await module.require('list'))[0]?.split(':') ?? [];
+  const answer = await module.ask(`take large trackers=${id} stores=memory:${2 ** 40}`);
+  t.like(refusalIn(answer), { errno: ENOMEM, reason: 'NO_MEMORY' });
+  await module.require(`take small trackers=${id} stores=memory:${16 * MiB}`);
+  const more = await module.ask(`add small memory:${2 ** 40}`);
+  t.like(refusalIn(more), { errno: ENOMEM, reason: 'NO_MEMORY' });
+  const [state, , , capacity] = await module.require('state small');
+  t.deepEqual([state, capacity], ['held', String(16 * MiB)]);
+  await module.require('close small');
+});
 
 test.serial('the module stays as long as it is needed', async (t) => {
   const refused = await guest.run('rmmod stillblock', { check: false });

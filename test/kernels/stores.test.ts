@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every kind of store, through the command line: block devices, folders and
-// files on a disk of the snapshot itself, several together, growth. And what
-// changes without a write: a range that is marked by hand, a device's size.
+// Every kind of store: block devices, files on a disk of the snapshot itself,
+// several together, growth. And what changes without a write: a range that is
+// marked by hand, a device's size. Through the command line on the kernel where it
+// takes part (withProduct), by the module's requests on the others.
 
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
 import {
@@ -14,8 +15,10 @@ import {
   cli,
   cliLimitMs,
   MiB,
+  reasonName,
   refusalIn,
   testKernel,
+  withProduct,
 } from './world.ts';
 
 const kernel = testKernel();
@@ -55,27 +58,112 @@ test.before(async () => {
     dd if=/dev/urandom of=/srv/origin/old bs=1M count=24 status=none; sync`,
   );
   await guest.loadModule();
-  await guest.run(`${cli} device attach ${raw} ${node('parted')}`, { timeoutMs: cliLimitMs });
   module = new Conversation(guest, ioctls);
+  await module.require(`attach ${raw}`);
+  await module.require(`attach ${node('parted')}`);
   oracle = new Conversation(guest, oracleProgram);
   await oracle.require(`open raw ${raw} ${writtenBytes} ${paceUs}`);
   await oracle.require('start raw');
 });
 
-test.afterEach.always(() => Backup.endAll());
+/** After a test that failed, for the next one; the last one ends it all. */
+test.afterEach.always(async () => {
+  await Backup.endAll();
+  await module.ask('close all').catch(() => {});
+});
 
 test.after.always(async () => {
   await guest?.kill();
 });
 
-/** Begins a backup of the raw device, and proves its image after so many more writes. */
-async function proveRaw(checkpoint: string, args: string, writes: number): Promise<Backup> {
+/** What the module says of a tracked device. */
+async function tracked(
+  name: Origin,
+): Promise<{ readonly id: string; readonly number: number; readonly generation: string }> {
+  const words = await module.require('list');
+  const [id = '', , , number = '', , generation = ''] =
+    words[name === 'raw' ? 0 : 1]?.split(':') ?? [];
+  return { id, number: Number(number), generation };
+}
+
+type Origin = 'raw' | 'parted';
+
+/** A snapshot of one device: the command line's, or one that is held by its descriptor. */
+interface Held {
+  readonly backup?: Backup;
+  readonly name: string;
+  readonly image: string;
+}
+
+/**
+ * @param args of the command line, for the same store as `stores`, which is for `ioctls`
+ * @param more of `ioctls`, such as a file system to freeze
+ */
+async function hold(
+  name: string,
+  origin: Origin,
+  args: string,
+  stores: string,
+  more = '',
+): Promise<Held> {
+  if (withProduct) {
+    const disk = origin === 'raw' ? raw : node(origin);
+    const backup = await Backup.begin(guest, name, `--disk ${disk} ${args}`);
+    return { backup, name, image: backup.image(diskName(disk)) };
+  }
+  const { id } = await tracked(origin);
+  const [image] = await module.require(`take ${name} trackers=${id} stores=${stores} ${more}`);
+  return { name, image: `/dev/${image}` };
+}
+
+/** Ends a snapshot that has not failed. */
+async function release(t: ExecutionContext, held: Held): Promise<void> {
+  if (held.backup === undefined) {
+    t.is((await module.require(`state ${held.name}`))[0], 'held');
+    await module.require(`close ${held.name}`);
+    return;
+  }
+  const { code, stderr, events } = await held.backup.end();
+  t.is(code, 0, stderr);
+  t.false(events.some(({ event }) => event === 'failed'));
+}
+
+interface Range {
+  readonly offset: number;
+  readonly length: number;
+}
+
+/** What has changed up to a snapshot since a checkpoint, which had this number. */
+async function changes(
+  held: Held,
+  origin: Origin,
+  checkpoint: string,
+  number: number,
+): Promise<Range[]> {
+  if (held.backup === undefined) {
+    const ranges = await module.require(`map ${held.name} 0 ${number}`);
+    return ranges.map((words) => {
+      const [offset = 0, length = 0] = words.split(':').map(Number);
+      return { offset, length };
+    });
+  }
+  const name = diskName(origin === 'raw' ? raw : node(origin));
+  const { stdout } = await guest.run(
+    `nbdinfo --json --map=qemu:dirty-bitmap:${checkpoint} ${shellQuote(`nbd+unix:///${name}?socket=${held.backup.socket}`)}`,
+  );
+  return (JSON.parse(stdout) as (Range & { type: number })[])
+    .filter(({ type }) => (type & 1) === 1)
+    .map(({ offset, length }) => ({ offset, length }));
+}
+
+/** Holds the raw device, and proves its image after so many more writes. */
+async function proveRaw(name: string, args: string, stores: string, writes: number): Promise<Held> {
   const [completed] = await oracle.require('now raw');
-  const backup = await Backup.begin(guest, checkpoint, `--disk ${raw} ${args}`);
+  const held = await hold(name, 'raw', args, stores);
   const [, submitted] = await oracle.require('now raw');
   await oracle.require(`reach raw ${writes}`);
-  await oracle.require(`check raw ${backup.image('raw')} ${completed} ${submitted}`);
-  return backup;
+  await oracle.require(`check raw ${held.image} ${completed} ${submitted}`);
+  return held;
 }
 
 /** The hash of a file in an image of the partition's file system. */
@@ -90,110 +178,123 @@ async function hashIn(image: string, file: string): Promise<string> {
 }
 
 test.serial('a block device is a store, as a whole, and again', async (t) => {
-  for (const checkpoint of ['device1', 'device2']) {
-    const backup = await proveRaw(checkpoint, `--store ${node('spare')}`, 300);
-    const { code, stderr } = await backup.end();
-    t.is(code, 0, stderr);
+  for (const name of ['device1', 'device2']) {
+    const spare = node('spare');
+    await release(t, await proveRaw(name, `--store ${spare}`, `device:${spare}`, 150));
   }
 });
 
 test.serial('the device of a store does not look like an origin afterwards', async (t) => {
-  const backup = await Backup.begin(
-    guest,
-    'looks',
-    `--disk ${node('parted')} --store ${node('spare')}`,
-  );
+  const spare = node('spare');
+  const held = await hold('looks', 'parted', `--store ${spare}`, `device:${spare}`);
   // The first that is preserved is what tells people and programs what is on a disk.
   await guest.run(
     `set -e; dd if=${node('parted')} of=/run/first bs=64k count=1 status=none
     dd if=/run/first of=${node('parted')} bs=64k oflag=direct conv=notrunc status=none`,
   );
-  t.is((await backup.end()).code, 0);
+  await release(t, held);
   const { code, stdout } = await guest.run(`blkid -p ${node('spare')}`, { check: false });
   t.is(code, 2, stdout);
 });
 
 test.serial('a block device in use by a snapshot is no store for another', async (t) => {
-  const backup = await proveRaw('busy', `--store ${node('spare')}`, 10);
-  const [, id = '0'] = (await module.require('list')).map((word) => word.split(':')[0]);
-  const refused = refusalIn(
-    await module.ask(`take other trackers=${id} stores=device:${node('spare')}`),
-  );
+  const spare = node('spare');
+  const held = await proveRaw('busy', `--store ${spare}`, `device:${spare}`, 10);
+  const { id } = await tracked('parted');
+  const refused = refusalIn(await module.ask(`take other trackers=${id} stores=device:${spare}`));
   t.is(refused?.reason, 'STORE_BUSY');
-  const image = refusalIn(await module.ask(`attach ${backup.image('raw')}`));
+  const image = refusalIn(await module.ask(`attach ${held.image}`));
   t.is(image?.reason, 'BYPASSES_BIO', 'an image is tracked');
-  t.is((await backup.end()).code, 0);
+  await release(t, held);
 });
 
 test.serial('several stores are one', async (t) => {
-  const backup = await proveRaw(
+  const spare = node('spare');
+  await guest.run('fallocate -l 16M /srv/other/several; sync');
+  const held = await proveRaw(
     'several',
-    `--store ${node('spare')} --store memory --store /srv/other --store-size 16M`,
-    300,
+    `--store ${spare} --store memory --store /srv/other --store-size 16M`,
+    `device:${spare},memory:${16 * MiB},file:/srv/other/several`,
+    150,
   );
-  const { stdout } = await guest.run(`${cli} status --json`, { timeoutMs: cliLimitMs });
-  const { backup: described } = JSON.parse(stdout) as {
-    backup: { store: { place: string; capacityBytes: number } };
-  };
-  t.is(described.store.place, `${node('spare')}, memory, /srv/other`);
+  let capacity: number;
+  if (held.backup === undefined) {
+    capacity = Number((await module.require('state several'))[3]);
+  } else {
+    const { stdout } = await guest.run(`${cli} status --json`, { timeoutMs: cliLimitMs });
+    const { backup: described } = JSON.parse(stdout) as {
+      backup: { store: { place: string; capacityBytes: number } };
+    };
+    t.is(described.store.place, `${spare}, memory, /srv/other`);
+    capacity = described.store.capacityBytes;
+  }
   // Whole chunks of each: a little less than all of the device.
-  t.true(described.store.capacityBytes > (32 + disks.spare - 3) * MiB);
-  t.true(described.store.capacityBytes <= (32 + disks.spare) * MiB);
-  t.is((await backup.end()).code, 0);
+  t.true(capacity > (32 + disks.spare - 3) * MiB, String(capacity));
+  t.true(capacity <= (32 + disks.spare) * MiB, String(capacity));
+  await release(t, held);
 });
 
-test.serial('a store in a folder grows while it is held', async (t) => {
-  const backup = await proveRaw('growing', '--store /srv/other --store-size 4M', 10);
-  await backup.told('store-grown');
-  await oracle.require('reach raw 300');
-  const { code, events } = await backup.end();
-  t.is(code, 0);
-  t.false(events.some(({ event }) => event === 'failed'));
+test.serial('a store grows while it is held', async (t) => {
+  await guest.run('fallocate -l 48M /srv/other/more; sync');
+  const held = await hold(
+    'growing',
+    'raw',
+    '--store /srv/other --store-size 4M',
+    `memory:${4 * MiB}`,
+    `low=${2 * MiB}`,
+  );
+  if (held.backup === undefined) {
+    const [type] = await module.require(`event growing ${askLimitMs}`, 2 * askLimitMs);
+    t.is(type, '1', 'it has failed before it called for more');
+    await module.require('add growing file:/srv/other/more');
+  } else {
+    await held.backup.told('store-grown');
+  }
+  await oracle.require('reach raw 150');
+  await release(t, held);
 });
 
 test.serial(
-  'a folder on a disk of the snapshot is a store that the image does not show',
+  'a folder or file on a disk of the snapshot is a store that the image does not show',
   async (t) => {
     const before = await guest.run('sha256sum </srv/origin/old');
-    const backup = await Backup.begin(
-      guest,
+    const { number } = await tracked('parted');
+    if (!withProduct) await guest.run('fallocate -l 64M /srv/origin/first; sync');
+    const held = await hold(
       'folder',
-      `--disk ${diskName(node('parted'))} --store /srv/origin --store-size 64M`,
+      'parted',
+      '--store /srv/origin --store-size 64M',
+      'file:/srv/origin/first',
+      'mounts=/srv/origin',
     );
-    const image = backup.image(diskName(node('parted')));
     await guest.run(
       `dd if=/dev/urandom of=/srv/origin/old bs=1M count=24 conv=notrunc,fsync status=none
     dd if=/dev/urandom of=/srv/origin/new bs=1M count=16 conv=fsync status=none; sync`,
       { timeoutMs: askLimitMs },
     );
-    t.is(await hashIn(image, 'old'), before.stdout);
-    const { code, stderr } = await backup.end();
-    t.is(code, 0, stderr);
+    t.is(await hashIn(held.image, 'old'), before.stdout);
+    await release(t, held);
+    // Only what was written of it is marked.
+    const next = await hold(
+      'marked',
+      'parted',
+      '--store memory --store-size 64M',
+      `memory:${64 * MiB}`,
+    );
+    const dirty = (await changes(next, 'parted', 'folder', number)).reduce(
+      (sum, { length }) => sum + length,
+      0,
+    );
+    // 40 MiB of files, and as much of the 64 MiB of store, where what was there before went.
+    t.true(dirty >= 80 * MiB && dirty < 92 * MiB, `${dirty} bytes are marked`);
+    await release(t, next);
+    await guest.run('rm -f /srv/origin/first');
   },
 );
 
-test.serial('of a store on a disk of the snapshot, only what was written is marked', async (t) => {
-  const backup = await Backup.begin(
-    guest,
-    'marked',
-    `--disk ${node('parted')} --store memory --store-size 64M`,
-  );
-  const name = diskName(node('parted'));
-  const { stdout } = await guest.run(
-    `nbdinfo --json --map=qemu:dirty-bitmap:folder ${shellQuote(`nbd+unix:///${name}?socket=${backup.socket}`)}`,
-  );
-  const dirty = (JSON.parse(stdout) as { length: number; type: number }[])
-    .filter(({ type }) => (type & 1) === 1)
-    .reduce((sum, { length }) => sum + length, 0);
-  // 40 MiB of files, and as much of the 64 MiB of store, where what was there before went.
-  t.true(dirty >= 80 * MiB && dirty < 92 * MiB, `${dirty} bytes are marked`);
-  t.is((await backup.end()).code, 0);
-});
-
 test.serial('a store on a disk of the snapshot does not grow', async (t) => {
   await guest.run('fallocate -l 8M /srv/origin/first; fallocate -l 8M /srv/origin/later; sync');
-  const [, second = ''] = await module.require('list');
-  const id = second.split(':')[0];
+  const { id } = await tracked('parted');
   await module.require(
     `take fixed trackers=${id} mounts=/srv/origin stores=file:/srv/origin/first`,
   );
@@ -209,67 +310,75 @@ test.serial("somebody else's write into a store on an origin ends the snapshot",
     `filefrag -b4096 -v /srv/origin/store | sed -nE 's/^ *0: +0\\.\\. *[0-9]+: +([0-9]+)\\.\\..*/\\1/p'`,
   );
   t.regex(stdout, /^\d+\n$/);
-  const backup = await Backup.begin(
-    guest,
+  const held = await hold(
     'foreign',
-    `--disk ${node('parted')} --store /srv/origin/store`,
+    'parted',
+    '--store /srv/origin/store',
+    'file:/srv/origin/store',
+    'mounts=/srv/origin',
   );
   // Into the middle of it, past its file system.
   await guest.run(
     `dd if=/dev/zero of=${partition()} bs=4096 seek=$((${stdout.trim()} + 1024)) count=1 oflag=direct conv=notrunc status=none`,
   );
-  t.is((await backup.failed()).reason, 'FOREIGN_WRITE');
-  const { code, stderr } = await backup.ended();
+  if (held.backup === undefined) {
+    const [type, reason] = await module.require(`event foreign ${askLimitMs}`, 2 * askLimitMs);
+    t.deepEqual([type, reasonName(Number(reason))], ['2', 'FOREIGN_WRITE']);
+    return;
+  }
+  t.is((await held.backup.failed()).reason, 'FOREIGN_WRITE');
+  const { code, stderr } = await held.backup.ended();
   t.is(code, failed);
   t.regex(stderr, /wrote into the store/);
 });
 
 test.serial('a range that is marked by hand has changed', async (t) => {
-  const first = await proveRaw('unmarked', '--store memory --store-size 32M', 10);
-  t.is((await first.end()).code, 0);
+  const args = '--store memory --store-size 32M';
+  const { id, number } = await tracked('raw');
+  await release(t, await proveRaw('unmarked', args, `memory:${32 * MiB}`, 10));
   await oracle.require('stop raw');
   // Beyond what the writer writes to.
   const offset = writtenBytes + 4 * 65_536;
-  await guest.run(`${cli} device mark ${raw} --offset ${offset} --length 100`, {
-    timeoutMs: cliLimitMs,
-  });
-  const second = await Backup.begin(
-    guest,
-    'marks',
-    `--disk ${raw} --incremental unmarked --store memory --store-size 32M`,
-  );
-  const { stdout } = await guest.run(
-    `nbdinfo --json --map=qemu:dirty-bitmap:unmarked ${shellQuote(`nbd+unix:///raw?socket=${second.socket}`)}`,
-  );
-  const marked = (JSON.parse(stdout) as { offset: number; length: number; type: number }[])
-    .filter(({ type, offset: at }) => (type & 1) === 1 && at >= writtenBytes)
-    .map(({ offset: at, length }) => ({ offset: at, length }));
-  t.deepEqual(marked, [{ offset, length: 65_536 }]);
-  t.is((await second.end()).code, 0);
-});
-
-test.serial(
-  'a device that is resized needs a full backup, and then has its new size',
-  async (t) => {
-    await guest.run(
-      `set -e; dmsetup load raw --table '0 ${36 * 2048} linear ${node('raw')} 0'
-    dmsetup suspend --nolockfs raw; dmsetup resume --noudevsync raw`,
-    );
-    const args = `--disk ${raw} --store memory --store-size 32M`;
-    const refused = await guest.run(Backup.commandLine('larger', `${args} --incremental marks`), {
-      check: false,
+  if (withProduct) {
+    await guest.run(`${cli} device mark ${raw} --offset ${offset} --length 100`, {
       timeoutMs: cliLimitMs,
     });
+  } else {
+    await module.require(`mark ${id} ${offset} 100`);
+  }
+  const held = await hold('marks', 'raw', `${args} --incremental unmarked`, `memory:${32 * MiB}`);
+  const marked = (await changes(held, 'raw', 'unmarked', number)).filter(
+    ({ offset: at }) => at >= writtenBytes,
+  );
+  t.deepEqual(marked, [{ offset, length: 65_536 }]);
+  await release(t, held);
+});
+
+test.serial('a device that is resized has a new history, of its new size', async (t) => {
+  const args = '--store memory --store-size 32M';
+  const before = await tracked('raw');
+  await guest.run(
+    `set -e; dmsetup load raw --table '0 ${36 * 2048} linear ${node('raw')} 0'
+    dmsetup suspend --nolockfs raw; dmsetup resume --noudevsync raw`,
+  );
+  if (withProduct) {
+    const refused = await guest.run(
+      Backup.commandLine('larger', `--disk ${raw} ${args} --incremental marks`),
+      { check: false, timeoutMs: cliLimitMs },
+    );
     t.is(refused.code, fullRequired, refused.stdout);
     t.regex(refused.stderr, /began anew/);
-    const backup = await Backup.begin(guest, 'larger', args);
-    const { stdout } = await guest.run(`blockdev --getsize64 ${backup.image('raw')}`);
-    t.is(Number(stdout), 36 * MiB);
-    t.is((await backup.end()).code, 0);
-    const again = await Backup.begin(guest, 'later', `${args} --incremental larger`);
-    t.is((await again.end()).code, 0);
-  },
-);
+  }
+  const held = await hold('larger', 'raw', args, `memory:${32 * MiB}`);
+  const { stdout } = await guest.run(`blockdev --getsize64 ${held.image}`);
+  t.is(Number(stdout), 36 * MiB);
+  await release(t, held);
+  const after = await tracked('raw');
+  t.not(after.generation, before.generation);
+  const next = await hold('later', 'raw', `${args} --incremental larger`, `memory:${32 * MiB}`);
+  t.is((await tracked('raw')).generation, after.generation);
+  await release(t, next);
+});
 
 test.serial('after all that the origins are whole, and nothing is left', async (t) => {
   const [completed, , errno] = await oracle.require('stop raw');

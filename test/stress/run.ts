@@ -71,7 +71,7 @@ async function main(options: Options): Promise<number> {
     process.stdout.write(`${text}\n`);
   };
   say(`kernel ${options.kernel}, ${options.minutes} minutes, seed ${options.seed}`);
-  const guest = await StressGuest.boot(options.kernel);
+  const guest = await StressGuest.boot(options.kernel, true);
   try {
     const version = await moduleVersion();
     const { counts, code } = await guest.run({

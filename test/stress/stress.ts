@@ -118,8 +118,11 @@ export class StressGuest {
     this.#arguments = args;
   }
 
-  /** Boots the kernel, loads the module and makes the devices. */
-  static async boot(kernel: KernelName): Promise<StressGuest> {
+  /**
+   * Boots the kernel, loads the module and makes the devices.
+   * @param parallel see GuestOptions.
+   */
+  static async boot(kernel: KernelName, parallel: boolean): Promise<StressGuest> {
     const program = await buildStress();
     const folder = await mkdtemp(join(tmpdir(), 'stillblock-stress-'));
     let guest: Guest | undefined;
@@ -128,6 +131,7 @@ export class StressGuest {
       await runTool('truncate', ['-s', `${busDiskMiB}M`, nvme, scsi]);
       guest = await bootGuest({
         kernel,
+        parallel,
         memoryMiB: 3072,
         disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
         appendCmdline: 'nvme.poll_queues=1',
