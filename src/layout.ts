@@ -5,7 +5,7 @@
  */
 import { execFile } from 'node:child_process';
 import { mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises';
-import { hostname, release, tmpdir } from 'node:os';
+import { arch, availableParallelism, hostname, release, tmpdir, totalmem } from 'node:os';
 import { join } from 'node:path';
 import { type BootEntry, parseBootEntry, parseBootOrder } from './boot-entries.ts';
 
@@ -79,12 +79,22 @@ export interface Firmware {
   readonly bootEntries: readonly BootEntry[];
 }
 
+export interface NetworkCard {
+  readonly name: string;
+  readonly mac: string;
+}
+
 /** Plain JSON. */
 export interface MachineLayout {
   /** `/etc/machine-id` */
   readonly machine: string | null;
   readonly hostname: string;
   readonly kernel: string;
+  /** As Node has it: `x64`, `arm64`. */
+  readonly architecture: string;
+  readonly memoryBytes: number;
+  readonly processors: number;
+  readonly networkCards: readonly NetworkCard[];
   readonly firmware: Firmware;
   readonly devices: readonly LayoutDevice[];
   readonly partitionTables: readonly PartitionTable[];
@@ -166,10 +176,13 @@ export function selectDevices(
       .filter(({ name, path }) => chosen.includes(name) || chosen.includes(path))
       .map(({ name }) => name),
   );
-  for (const device of devices) {
-    // Their tree lists what is beneath first.
-    if (device.beneath.some((name) => wanted.has(name))) {
-      wanted.add(device.name);
+  // An array may be listed before its second member: again, until nothing comes to it.
+  for (let before = 0; before < wanted.size; ) {
+    before = wanted.size;
+    for (const { name, beneath } of devices) {
+      if (beneath.some((under) => wanted.has(under))) {
+        wanted.add(name);
+      }
     }
   }
   const beneath = [...wanted];
@@ -421,6 +434,20 @@ async function collectFirmware(tools: Tools): Promise<Firmware> {
   return { kind: 'uefi', bootOrder, bootEntries };
 }
 
+/** The cards that have hardware; bridges and the like have none. */
+async function collectCards(): Promise<NetworkCard[]> {
+  const folder = '/sys/class/net';
+  const cards: NetworkCard[] = [];
+  for (const name of (await readdir(folder).catch(() => [])).toSorted()) {
+    const isReal = await stat(join(folder, name, 'device')).catch(() => undefined);
+    const mac = (await readIfThere(join(folder, name, 'address')))?.trim();
+    if (isReal !== undefined && mac !== undefined && mac !== '') {
+      cards.push({ name, mac });
+    }
+  }
+  return cards;
+}
+
 /**
  * Finds out how this machine's disks are laid out. What cannot be found out is in
  * `problems`; nothing is written, and no device is opened for writing.
@@ -444,6 +471,10 @@ export async function collectLayout(devices: readonly string[]): Promise<Machine
     machine: (await readIfThere('/etc/machine-id'))?.trim() || null,
     hostname: hostname(),
     kernel: release(),
+    architecture: arch(),
+    memoryBytes: totalmem(),
+    processors: availableParallelism(),
+    networkCards: await collectCards(),
     firmware,
     devices: chosen,
     partitionTables,

@@ -9,6 +9,7 @@ import { deviceCommand } from './commands/device.ts';
 import { doctorCommand } from './commands/doctor.ts';
 import { layoutCommand } from './commands/layout.ts';
 import { nbdCommand } from './commands/nbd.ts';
+import { p2vCommand } from './commands/p2v.ts';
 import { pullCommand } from './commands/pull.ts';
 import { restoreCommand } from './commands/restore.ts';
 import { serveCommand } from './commands/serve.ts';
@@ -47,6 +48,7 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(layoutCommand())
     .addCommand(doctorCommand())
     .addCommand(serveCommand())
+    .addCommand(p2vCommand())
     .addHelpText(
       'after',
       `

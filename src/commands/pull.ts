@@ -31,7 +31,8 @@ interface PullOptions extends CommonOptions {
   readonly tlsCertificates?: string;
 }
 
-async function readLayout(path: string): Promise<MachineLayout> {
+/** Reads what `stillblock layout --json` wrote. */
+export async function readLayout(path: string): Promise<MachineLayout> {
   try {
     return JSON.parse(await readFile(path, 'utf8')) as MachineLayout;
   } catch (error) {

@@ -14,7 +14,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
-import { folder, soon } from '../nbd/world.ts';
+import { folder } from '../nbd/world.ts';
 import { run, tryRun } from './clients.ts';
 import {
   assertChain,
@@ -24,6 +24,7 @@ import {
   MIB,
   manifestOf,
   pullTest,
+  soon,
   start,
   stillblock,
 } from './pulling.ts';
@@ -174,17 +175,14 @@ pullTest(
     const world = await pulledOnce(t);
     const { machine, chain } = world;
     const instant = await nextDay(t, world);
-    // Behind what its identity is read from.
-    for (const source of instant.sources.values()) {
-      source.hold(200_000);
-    }
+    const holds = ['sda', 'sdb'].map((disk) => instant.holdReads(disk));
     const running = start(t, 'pull', '--full', ...instant.args, chain);
-    await instant.sources.get('sda')?.waitHeld(1);
+    await Promise.all(holds.map(({ held }) => held));
     t.true((await readdir(chain)).includes('pull.json'));
     running.process.kill('SIGKILL');
     await running.ended;
-    for (const source of instant.sources.values()) {
-      source.release();
+    for (const { release } of holds) {
+      release();
     }
     const idle = async (): Promise<void> => {
       while (instant.server.usage.connections > 0) {
@@ -252,12 +250,12 @@ pullTest('ended by SIGTERM: the chain is as before, and nothing is left', async 
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
   const before = await readdir(world.chain);
-  instant.sources.get('sda')?.hold(200_000);
+  const reads = instant.holdReads('sda');
   const running = start(t, 'pull', ...instant.args, world.chain);
-  await instant.sources.get('sda')?.waitHeld(1);
+  await reads.held;
   running.process.kill('SIGTERM');
   const ended = await soon('its end', running.ended);
-  instant.sources.get('sda')?.release();
+  reads.release();
   t.is(ended.code, 1);
   t.is(errorOf(ended), 'INTERRUPTED');
   t.regex(ended.stderr, /the chain is as before/);
@@ -267,11 +265,11 @@ pullTest('ended by SIGTERM: the chain is as before, and nothing is left', async 
 pullTest('the server goes away: said so, the chain is as before', async (t) => {
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
-  instant.sources.get('sda')?.hold(200_000);
+  const reads = instant.holdReads('sda');
   const running = start(t, 'pull', ...instant.args, world.chain);
-  await instant.sources.get('sda')?.waitHeld(1);
+  await reads.held;
   const closing = instant.close();
-  instant.sources.get('sda')?.release();
+  reads.release();
   await closing;
   const ended = await soon('its end', running.ended);
   t.is(ended.code, 1);
@@ -282,11 +280,11 @@ pullTest('the server goes away: said so, the chain is as before', async (t) => {
 pullTest('the snapshot fails meanwhile: a read error, and no image that looks whole', async (t) => {
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
-  instant.sources.get('sda')?.hold(200_000);
+  const reads = instant.holdReads('sda');
   const running = start(t, 'pull', ...instant.args, world.chain);
-  await instant.sources.get('sda')?.waitHeld(1);
+  await reads.held;
   instant.server.failExports();
-  instant.sources.get('sda')?.release();
+  reads.release();
   const ended = await soon('its end', running.ended);
   t.is(ended.code, 1);
   t.is(errorOf(ended), 'READ_FAILED', ended.stderr);
@@ -296,9 +294,9 @@ pullTest('the snapshot fails meanwhile: a read error, and no image that looks wh
 pullTest('a network that is cut without a word is given up after --timeout', async (t) => {
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
-  instant.sources.get('sda')?.hold(200_000);
+  const reads = instant.holdReads('sda');
   const ended = await stillblock(t, 'pull', '--timeout', '2', ...instant.args, world.chain);
-  instant.sources.get('sda')?.release();
+  reads.release();
   t.is(ended.code, 1);
   t.is(errorOf(ended), 'STALLED', ended.stderr);
   await assertChain(t, world.machine, world.chain, ['day-1']);
@@ -339,11 +337,11 @@ pullTest('a disk that is full leaves the chain as before', async (t) => {
 pullTest('two pulls into one folder: the second is refused', async (t) => {
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
-  instant.sources.get('sda')?.hold(200_000);
+  const reads = instant.holdReads('sda');
   const running = start(t, 'pull', ...instant.args, world.chain);
-  await instant.sources.get('sda')?.waitHeld(1);
+  await reads.held;
   t.is(errorOf(await stillblock(t, 'pull', ...instant.args, world.chain)), 'CHAIN_BUSY');
-  instant.sources.get('sda')?.release();
+  reads.release();
   t.is((await soon('the first', running.ended)).code, 0);
 });
 

@@ -9,13 +9,21 @@ import { diskExports } from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import { NbdServer } from '../../nbd/server.ts';
 import type { Manifest } from '../../src/manifest.ts';
-import { folder, KeptLog, MemorySource, pattern, soon } from '../nbd/world.ts';
+import { folder, KeptLog, MemorySource, soon as patiently, pattern } from '../nbd/world.ts';
 import { run } from './clients.ts';
 
 export const MIB: number = 1 << 20;
 const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 
-/** Tests that run at a time: each starts several processes, and is patient for some seconds only. */
+/** How long a test waits for processes that start others, on a machine that has more to do. */
+const PATIENCE_MS = 180_000;
+
+/** Rejects when something that must come does not. */
+export function soon<T>(what: string, promise: Promise<T>): Promise<T> {
+  return patiently(what, promise, PATIENCE_MS);
+}
+
+/** Tests that run at a time: each starts several processes. */
 const AT_A_TIME = 3;
 let running = 0;
 const waiting: (() => void)[] = [];
@@ -69,7 +77,8 @@ class Disk {
 /** What is served at one instant. */
 export interface Instant {
   readonly server: NbdServer;
-  readonly sources: ReadonlyMap<string, MemorySource>;
+  /** Holds reads of a disk behind what its identity is read from; settles once one waits. */
+  holdReads(disk: string): { readonly held: Promise<void>; release(): void };
   /** Options of `stillblock pull` that name all its disks, and the checkpoint. */
   readonly args: readonly string[];
   close(): Promise<void>;
@@ -137,11 +146,16 @@ export class Machine {
     t.teardown(() => server.close());
     return {
       server,
-      sources,
       args: [
         ...['--checkpoint', checkpoint],
         ...[...this.disks.keys()].flatMap((name) => ['--nbd', this.uri(name)]),
       ],
+      holdReads: (disk) => {
+        const source = sources.get(disk);
+        source?.hold(200_000);
+        const held = source?.waitHeld(1, PATIENCE_MS) ?? Promise.reject(new Error('no such disk'));
+        return { held, release: () => source?.release() };
+      },
       close: () => server.close(),
     };
   }

@@ -4,9 +4,9 @@ import { open, readdir, readFile, stat, truncate, writeFile } from 'node:fs/prom
 import { join } from 'node:path';
 import type { ExecutionContext } from 'ava';
 import { parseSfdisk } from '../../src/layout.ts';
-import { folder, pattern, soon } from '../nbd/world.ts';
+import { folder, pattern } from '../nbd/world.ts';
 import { run } from './clients.ts';
-import { errorOf, Machine, MIB, manifestOf, pullTest, start, stillblock } from './pulling.ts';
+import { errorOf, Machine, MIB, manifestOf, pullTest, soon, start, stillblock } from './pulling.ts';
 
 interface Pulled {
   readonly machine: Machine;

@@ -17,9 +17,13 @@ import { NbdServer, type SecurityOptions } from '../../nbd/server.ts';
 const PATIENCE_MS = 20_000;
 
 /** Rejects when something that must come does not. */
-export function soon<T>(what: string, promise: Promise<T>): Promise<T> {
+export function soon<T>(
+  what: string,
+  promise: Promise<T>,
+  patienceMs: number = PATIENCE_MS,
+): Promise<T> {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new Error(`waited in vain for ${what}`)), PATIENCE_MS);
+    const timer = setTimeout(() => reject(new Error(`waited in vain for ${what}`)), patienceMs);
     promise.then(resolve, reject).finally(() => clearTimeout(timer));
   });
 }
@@ -71,10 +75,10 @@ export class MemorySource implements BlockSource {
   }
 
   /** Resolves once so many reads wait. */
-  async waitHeld(count: number): Promise<void> {
+  async waitHeld(count: number, patienceMs: number = PATIENCE_MS): Promise<void> {
     if ((this.#held?.length ?? 0) < count) {
       const reached = new Promise<void>((resolve) => this.#heldWaiters.push({ count, resolve }));
-      await soon(`${count} reads`, reached);
+      await soon(`${count} reads`, reached, patienceMs);
     }
   }
 

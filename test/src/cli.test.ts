@@ -28,6 +28,7 @@ const COMMANDS = [
   ['chain'],
   ['restore'],
   ['layout'],
+  ['p2v'],
 ] as const;
 
 for (const command of COMMANDS) {
