@@ -26,10 +26,10 @@ packages=(
     qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat curl libxml2-utils
     # certificates and keys for TLS
     gnutls-bin openssl
-    # databases that hooks make ready, and what reads manual pages
-    postgresql-15 mariadb-server mandoc
     # socket activation by its own tool
     systemd
+    # databases that hooks make ready, what reads manual pages, another shell
+    postgresql-15 mariadb-server mandoc zsh
 )
 
 missing_packages() {

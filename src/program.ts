@@ -5,6 +5,7 @@ import { Command } from 'commander';
 import { backupCommand } from './commands/backup.ts';
 import { chainCommand } from './commands/chain.ts';
 import { checkpointCommand } from './commands/checkpoint.ts';
+import { completionCommand } from './commands/completion.ts';
 import { deviceCommand } from './commands/device.ts';
 import { doctorCommand } from './commands/doctor.ts';
 import { layoutCommand } from './commands/layout.ts';
@@ -49,6 +50,7 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(doctorCommand())
     .addCommand(serveCommand())
     .addCommand(p2vCommand())
+    .addCommand(completionCommand())
     .addHelpText(
       'after',
       `
