@@ -77,6 +77,11 @@ export class Serving {
     return serving;
   }
 
+  /** The names of all exports. */
+  get names(): string[] {
+    return this.#said?.exports?.map(({ name }) => name) ?? [];
+  }
+
   /** The URIs of an export. */
   uris(name: string): readonly string[] {
     return this.#said?.exports?.find((each) => each.name === name)?.uris ?? [];
