@@ -4,13 +4,15 @@
  *
  * ```
  *  handshake ──transmit──▶ transmission ──answered all──▶ ending ──▶ closed
- *      └──────close──────────────────────────────────────────┘         ▲
+ *      │  └───close──────────────────────────────────────────┘         ▲
+ *      └──transmit, answer sent──▶ handedOver ──the engine is done──────┤
  *  any ──violation, failure, deadline, socket gone──────────────────────┘
  * ```
  */
 import type { Socket } from 'node:net';
 import { type Identity, nameOf, PLAIN } from './access.ts';
 import { type BufferPool, ConnectionBudget, type SharedBudget } from './budget.ts';
+import type { ServedSocket, SocketEngine } from './engine.ts';
 import type { Export } from './export.ts';
 import type { ExportFigures } from './figures.ts';
 import {
@@ -33,6 +35,8 @@ export interface ConnectionHost {
   readonly limits: Limits;
   readonly shared: SharedBudget;
   readonly pool: BufferPool;
+  /** Takes over plain sockets of exports that it can serve, if there is one. */
+  readonly engine: SocketEngine | undefined;
   /** What is offered to a client now. */
   offer(client: Identity): Offer;
   /** Absent where TLS is never offered. */
@@ -51,7 +55,7 @@ export class Connection {
   #socket: Socket;
   readonly #host: ConnectionHost;
   #logger: Logger;
-  #phase: 'handshake' | 'transmission' | 'ending' | 'closed' = 'handshake';
+  #phase: 'handshake' | 'transmission' | 'handedOver' | 'ending' | 'closed' = 'handshake';
   #timer: NodeJS.Timeout | undefined;
 
   #handshake: HandshakeState = HANDSHAKE_START;
@@ -65,7 +69,10 @@ export class Connection {
   #blocked = false;
 
   #transmission: Transmission | undefined;
+  #served: ServedSocket | undefined;
   #agreement: Agreement | undefined;
+  /** Asked for between the two engines. */
+  #draining = false;
   #corked = false;
 
   constructor(socket: Socket, host: ConnectionHost, logger: Logger) {
@@ -78,7 +85,12 @@ export class Connection {
   start(): void {
     const socket = this.#socket;
     this.#listen();
-    socket.on('close', () => this.#onClose());
+    socket.on('close', () => {
+      // A socket that was handed over is closed here, and goes on there.
+      if (this.#phase !== 'handedOver') {
+        this.#onClose();
+      }
+    });
     this.#timer = setTimeout(
       () => this.#abort('handshake took too long', true),
       this.#host.limits.handshakeMs,
@@ -106,9 +118,13 @@ export class Connection {
 
   /** Answers what is in flight, takes no more, and closes; after a while by force. */
   drain(): void {
-    if (this.#phase === 'transmission' && this.#transmission !== undefined) {
+    if (this.#phase === 'handedOver') {
+      this.#served?.drain();
+    } else if (this.#phase === 'transmission' && this.#transmission !== undefined) {
       this.#startTimer();
       this.#transmission.drain();
+    } else if (this.#phase === 'transmission') {
+      this.#draining = true;
     } else if (this.#phase === 'handshake') {
       this.#abort('server is closing', false);
     }
@@ -159,8 +175,10 @@ export class Connection {
       this.#received.push(chunk);
       this.#receivedBytes += chunk.length;
       this.#negotiate();
+    } else if (this.#transmission !== undefined) {
+      this.#transmission.receive(chunk);
     } else if (this.#phase === 'transmission') {
-      this.#transmission?.receive(chunk);
+      this.#received.push(chunk);
     }
   }
 
@@ -228,7 +246,7 @@ export class Connection {
         this.#startTls(effect.acknowledgement);
         return;
       case 'transmit':
-        this.#startTransmission(effect.agreement);
+        this.#onAgreement(effect.agreement);
         return;
       case 'close':
         if (effect.violation) {
@@ -297,7 +315,7 @@ export class Connection {
     this.#listen();
   }
 
-  #startTransmission(agreement: Agreement): void {
+  #onAgreement(agreement: Agreement): void {
     clearTimeout(this.#timer);
     this.#phase = 'transmission';
     this.#agreement = agreement;
@@ -305,6 +323,70 @@ export class Connection {
     const contexts = agreement.contexts.map(({ name }) => name);
     const { headers } = agreement;
     this.#logger.info({ headers, contexts }, 'client is served');
+    this.#host.onTransmission(this);
+    const plain = !('encrypted' in this.#socket);
+    if (
+      this.#host.engine === undefined ||
+      !plain ||
+      agreement.export.source.descriptor === undefined
+    ) {
+      this.#startTransmission(agreement);
+      return;
+    }
+    // What the handshake still has to say must have left, and nothing more may be received here.
+    this.#socket.pause();
+    this.#socket.write('', () => {
+      if (this.#phase === 'transmission' && !this.#handOver(agreement)) {
+        this.#startTransmission(agreement);
+      }
+    });
+  }
+
+  /** Gives the socket to the engine. Returns whether it has taken it. */
+  #handOver(agreement: Agreement): boolean {
+    const socket = this.#socket;
+    const { engine } = this.#host;
+    // Node has no word for it, but every plain socket of every version has it.
+    const handle = (socket as { _handle?: { fd?: number } })._handle;
+    if (handle?.fd === undefined || handle.fd < 0) {
+      return false;
+    }
+    // A paused socket has received at most what its buffer holds.
+    for (let chunk = socket.read(); chunk !== null; chunk = socket.read()) {
+      this.#received.push(chunk as Buffer);
+    }
+    this.#received = this.#received.length > 1 ? [Buffer.concat(this.#received)] : this.#received;
+    this.#served = engine?.serve({
+      descriptor: handle.fd,
+      agreement,
+      received: this.#received[0] ?? Buffer.alloc(0),
+      onClosed: (reason, peersFault) => {
+        if (reason === undefined) {
+          this.#logger.info({}, 'client is done');
+        } else if (peersFault) {
+          this.#logger.warn({ reason }, 'connection dropped');
+        } else {
+          this.#logger.info({ reason }, 'connection dropped');
+        }
+        this.#onClose();
+      },
+      onReadFailed: (code, offset, length) => {
+        this.#logger.error({ code, offset, length }, 'read failed');
+      },
+    });
+    if (this.#served === undefined) {
+      return false;
+    }
+    this.#received = [];
+    this.#phase = 'handedOver';
+    socket.destroy();
+    if (this.#draining) {
+      this.#served.drain();
+    }
+    return true;
+  }
+
+  #startTransmission(agreement: Agreement): void {
     const { limits, shared, pool } = this.#host;
     this.#transmission = new Transmission({
       agreement,
@@ -332,12 +414,14 @@ export class Connection {
     });
     this.#blocked = false;
     this.#socket.resume();
-    this.#host.onTransmission(this);
     const [rest] = this.#received;
     this.#received = [];
     this.#receivedBytes = 0;
     if (rest !== undefined) {
       this.#transmission.receive(rest);
+    }
+    if (this.#draining) {
+      this.#transmission.drain();
     }
   }
 

@@ -19,6 +19,11 @@ export interface BlockSource {
   /** Bytes; does not change. */
   readonly sizeBytes: number;
   /**
+   * The open file whose bytes these are, if they are one's, for engines that read it themselves;
+   * `forgets` says that the page cache is to forget what was read.
+   */
+  readonly descriptor?: { readonly fd: number; readonly forgets: boolean };
+  /**
    * Fills the whole buffer from `offset`, within the size. Reads may run in parallel.
    *
    * @throws Error with an errno name in `code`, such as `EIO`; never a partial result
@@ -111,6 +116,7 @@ class Forgetting {
 
 class FileSource implements BlockSource {
   readonly sizeBytes: number;
+  readonly descriptor: { readonly fd: number; readonly forgets: boolean };
   readonly #descriptor: number;
   readonly #forgetting: Forgetting | undefined;
   #reads = 0;
@@ -119,6 +125,7 @@ class FileSource implements BlockSource {
 
   constructor(descriptor: number, sizeBytes: number, forgetting: Forgetting | undefined) {
     this.#descriptor = descriptor;
+    this.descriptor = { fd: descriptor, forgets: forgetting !== undefined };
     this.sizeBytes = sizeBytes;
     this.#forgetting = forgetting;
   }

@@ -155,6 +155,11 @@ export class ExtentMap {
     return ExtentMap.#fromBuilder(a.sizeBytes, builder);
   }
 
+  /** Of each run where it starts, bytes, and its flags: for engines. Not to be changed. */
+  get arrays(): { readonly starts: Float64Array; readonly flags: Uint32Array } {
+    return { starts: this.#starts, flags: this.#flags };
+  }
+
   /** Number of runs in the whole map. */
   get runCount(): number {
     return this.#starts.length;

@@ -8,9 +8,10 @@ import { type Access, ANONYMOUS, type Identity, PLAIN } from './access.ts';
 import { BufferPool, SharedBudget } from './budget.ts';
 import { Connection } from './connection.ts';
 import { NBD_DEFAULT_PORT } from './constants.ts';
+import type { SocketEngine, SocketEngineFactory } from './engine.ts';
 import { errorCode } from './errors.ts';
 import { type Export, requireExport } from './export.ts';
-import { type ExportFigures, emptyFigures } from './figures.ts';
+import { addFigures, type ExportFigures, emptyFigures } from './figures.ts';
 import type { Offer } from './handshake.ts';
 import { type Limits, resolveLimits } from './limits.ts';
 import type { Logger } from './logger.ts';
@@ -161,6 +162,7 @@ export class NbdServer {
   readonly #limits: Limits;
   readonly #shared: SharedBudget;
   readonly #pool: BufferPool;
+  readonly #engine: SocketEngine | undefined;
   readonly #security: SecurityOptions | undefined;
   readonly #access: Access;
   readonly #exports = new Map<string, Export>();
@@ -188,6 +190,8 @@ export class NbdServer {
     readonly limits?: Partial<Limits>;
     readonly security?: SecurityOptions | undefined;
     readonly access?: Access | undefined;
+    /** For plain sockets and exports that are a descriptor; all others are served here. */
+    readonly engine?: SocketEngineFactory | undefined;
   }) {
     this.#logger = options.logger;
     this.#security = options.security;
@@ -195,6 +199,7 @@ export class NbdServer {
     this.#limits = resolveLimits(options.limits);
     this.#shared = new SharedBudget(this.#limits.bytesInFlight);
     this.#pool = new BufferPool(this.#limits.idleBufferBytes);
+    this.#engine = options.engine?.(this.#limits);
   }
 
   /**
@@ -237,6 +242,7 @@ export class NbdServer {
     if (removed !== undefined) {
       this.#exports.delete(name);
       await this.#drain((connection) => connection.export === removed);
+      await this.#release(removed);
     }
   }
 
@@ -251,6 +257,7 @@ export class NbdServer {
       const failed = this.#exports.get(name);
       if (failed !== undefined) {
         this.#failed.add(failed);
+        this.#engine?.fail(failed);
         this.#logger.error({ export: name }, 'export has failed');
       }
     }
@@ -361,7 +368,7 @@ export class NbdServer {
     return {
       handshakes: this.#handshakes.size,
       connections: this.#transmissions.size,
-      bytesInFlight: this.#shared.usedBytes,
+      bytesInFlight: this.#shared.usedBytes + (this.#engine?.bytesInFlight ?? 0),
     };
   }
 
@@ -372,7 +379,27 @@ export class NbdServer {
 
   /** What was counted for each export since the server began, by name. */
   get figures(): ReadonlyMap<string, ExportFigures> {
-    return this.#figures;
+    const all = new Map<string, ExportFigures>();
+    for (const [name, figures] of this.#figures) {
+      const total = emptyFigures();
+      addFigures(total, figures);
+      const served = this.#exports.get(name);
+      const others = served === undefined ? undefined : this.#engine?.figures(served);
+      if (others !== undefined) {
+        addFigures(total, others);
+      }
+      all.set(name, total);
+    }
+    return all;
+  }
+
+  /** Has the engine forget an export without connections, and keeps what it has counted. */
+  async #release(removed: Export): Promise<void> {
+    const counted = this.#engine?.figures(removed);
+    if (counted !== undefined) {
+      addFigures(this.#figuresOf(removed), counted);
+    }
+    await this.#engine?.release(removed);
   }
 
   /**
@@ -391,7 +418,9 @@ export class NbdServer {
     await this.#drain(() => true);
     await Promise.all(closed);
     this.#listeners = [];
+    await Promise.all([...this.#exports.values()].map((served) => this.#release(served)));
     this.#exports.clear();
+    await this.#engine?.close();
   }
 
   /** Drains the connections that a predicate chooses and waits until they are gone. */
@@ -455,6 +484,7 @@ export class NbdServer {
         limits: this.#limits,
         shared: this.#shared,
         pool: this.#pool,
+        engine: this.#engine,
         tls: this.#security?.tls,
         offer: (client) => this.#offerTo(client, tls),
         hasFailed: (served) => this.#failed.has(served),

@@ -165,7 +165,84 @@ interface NativeControl {
   close(): void;
 }
 
+/** An export as the native engine takes it over. */
+export interface NativeExport {
+  /** Duplicated: the caller may close his. */
+  readonly fd: number;
+  readonly sizeBytes: number;
+  /** What was read is to be forgotten by the page cache. */
+  readonly forget: boolean;
+  /** By id: of each run where it starts, and its flags. Shared, so not to be changed. */
+  readonly contexts: readonly { readonly starts: Float64Array; readonly flags: Uint32Array }[];
+  /** Id of `base:allocation`, if it is among them. */
+  readonly allocation?: number;
+  /** See {@link Bandwidth}; shared. */
+  readonly caps: readonly {
+    readonly paidUntilNs: BigInt64Array;
+    readonly bytesPerSecond: number;
+  }[];
+}
+
+/** What the native engine tells, on the main thread. */
+export type NativeEngineEvent =
+  | {
+      readonly kind: 'closed';
+      readonly id: number;
+      readonly reason?: string;
+      readonly peersFault: boolean;
+    }
+  | {
+      readonly kind: 'readFailed';
+      readonly id: number;
+      readonly code: string;
+      readonly offset: number;
+      readonly length: number;
+    }
+  | { readonly kind: 'exportGone'; readonly id: number };
+
+/** Threads that serve sockets; ids are of connections, or of exports. */
+export interface NativeEngine {
+  addExport(served: NativeExport): number;
+  /** Once to have it go, and once more after `exportGone`, which lets go of its arrays. */
+  removeExport(id: number): void;
+  failExport(id: number): void;
+  figures(id: number): Float64Array;
+  /** Takes over a duplicate of the socket. `headers`: 0 simple, 1 structured, 2 extended. */
+  adopt(
+    fd: number,
+    served: number,
+    headers: 0 | 1 | 2,
+    contextIds: readonly number[],
+    received: Buffer,
+  ): number;
+  drain(id: number): void;
+  destroy(id: number): void;
+  bytesInFlight(): number;
+  /** Whether the process is to go on for its sake; at first it is not. */
+  keepAlive(wanted: boolean): void;
+  close(): Promise<void>;
+}
+
+/** Limits of `nbd/limits.ts`, and whether io_uring may be used. */
+export type NativeEngineOptions = Readonly<
+  Record<
+    | 'requestsInFlight'
+    | 'connectionBytesInFlight'
+    | 'bytesInFlight'
+    | 'pieceBytes'
+    | 'statusExtents'
+    | 'readBytes'
+    | 'idleBufferBytes'
+    | 'drainMs',
+    number
+  >
+> & { readonly ring: boolean };
+
 interface Addon {
+  readonly Engine: new (
+    options: NativeEngineOptions,
+    onEvent: (event: NativeEngineEvent) => void,
+  ) => NativeEngine;
   readonly constants: NativeConstants;
   openControl(): NativeControl;
   createStore(folder: string, sizeBytes: number): Promise<NativeStoreFile>;
@@ -372,4 +449,13 @@ export function yieldIo(): void {
  */
 export function notifyService(socket: string, text: string): void {
   addon().notifyService(socket, text);
+}
+
+/** Starts the threads of an engine. Whoever opened it closes it. */
+export function openEngine(
+  options: NativeEngineOptions,
+  onEvent: (event: NativeEngineEvent) => void,
+): NativeEngine {
+  const { Engine } = addon();
+  return new Engine(options, onEvent);
 }

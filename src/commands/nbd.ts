@@ -2,7 +2,7 @@
 /** `stillblock nbd`: serves plain files and block devices, without root and without the module. */
 import { readFile, stat } from 'node:fs/promises';
 import { env, pid } from 'node:process';
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import type { Logger } from 'pino';
 import type { Bandwidth } from '../../nbd/bandwidth.ts';
 import {
@@ -23,6 +23,7 @@ import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import { type InheritedSocket, type ListenAddress, NbdServer } from '../../nbd/server.ts';
 import { type NamedSocket, takeInheritedSockets } from '../activation.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
+import { chooseEngine, ENGINES, type EngineChoice } from '../engine.ts';
 import { explain, StillblockError, usageError } from '../errors.ts';
 import { ExtentsJsonError, parseExtents } from '../extents-json.ts';
 import { beGentle } from '../gentle.ts';
@@ -53,6 +54,7 @@ export interface NbdOptions extends CommonOptions, ListenOptions, TlsOptions {
   readonly dirty?: readonly string[];
   readonly maxRate?: readonly string[];
   readonly metrics?: string;
+  readonly engine?: EngineChoice;
 }
 
 interface PlannedCheckpoint {
@@ -316,7 +318,8 @@ function endingSignal(signals: readonly NodeJS.Signals[]): {
 
 async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promise<void> {
   const security = await Security.open(plan.tls);
-  const server = new NbdServer({ logger, ...security?.options });
+  const engine = chooseEngine(options.engine, logger);
+  const server = new NbdServer({ logger, engine, ...security?.options });
   const sources: BlockSource[] = [];
   const caps = new RateCaps(plan.rates);
   let metrics: MetricsServer | undefined;
@@ -427,6 +430,12 @@ export function nbdCommand(): Command {
     .option('--export <name=path>', 'file or device to serve, repeatable', collect)
     .option('--max-rate <[name=]rate>', MAX_RATE_HELP, collect)
     .option('--metrics <address>', METRICS_HELP)
+    .addOption(
+      new Option(
+        '--engine <engine>',
+        'what serves plain connections (default: native if it can be had)',
+      ).choices(ENGINES),
+    )
     .option('--dirty <name:checkpoint=extents.json>', 'what changed since, repeatable', collect);
   return addTlsOptions(command)
     .addHelpText('after', AFTER_HELP)

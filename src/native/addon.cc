@@ -37,6 +37,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   exports.Set("openControl", Napi::Function::New(env, Control::Open, "openControl"));
   exports.Set("createStore", Napi::Function::New(env, StoreFile::Create, "createStore"));
   exports.Set("openStore", Napi::Function::New(env, StoreFile::Open, "openStore"));
+  ExportEngine(env, exports);
   ExportFiles(env, exports);
   ExportNotify(env, exports);
   return exports;

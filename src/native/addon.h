@@ -11,6 +11,8 @@ struct AddonData {
   Napi::FunctionReference store_file;
 };
 
+// The class of engine_binding.cc.
+void ExportEngine(Napi::Env env, Napi::Object exports);
 // Functions of files.cc.
 void ExportFiles(Napi::Env env, Napi::Object exports);
 
