@@ -6,10 +6,12 @@
 import { type ClientRequest, type IncomingMessage, request } from 'node:http';
 import type { Logger } from 'pino';
 import { errorIn } from './api-errors.ts';
+import type { CommonOptions } from './commands/common.ts';
+import { type Configuration, configurationInForce } from './configuration.ts';
 import { Daemon } from './daemon.ts';
 import { explain, StillblockError } from './errors.ts';
 import type { DaemonEvent } from './events.ts';
-import { type Folders, socketPath } from './folders.ts';
+import { makeLog } from './log.ts';
 import { EVENTS_PATH, type Input, listBackups, type Operation } from './operations.ts';
 
 /** An answer is a few kilobytes for each of 64 disks, or a map of what changed. */
@@ -177,14 +179,20 @@ class RemoteApi implements Api {
 class SoloApi implements Api {
   readonly solo = true;
   readonly #daemon: Daemon;
-  readonly #folders: Folders;
+  readonly #configuration: Configuration;
   readonly #log: Logger;
   #closeServer: (() => Promise<void>) | undefined;
 
-  constructor(folders: Folders, log: Logger) {
-    this.#daemon = new Daemon(folders, log, true);
-    this.#folders = folders;
+  private constructor(daemon: Daemon, configuration: Configuration, log: Logger) {
+    this.#daemon = daemon;
+    this.#configuration = configuration;
     this.#log = log;
+  }
+
+  static async make(configuration: Configuration, log: Logger): Promise<SoloApi> {
+    const daemon = new Daemon(configuration.folders, log, true);
+    await daemon.adopt(configuration);
+    return new SoloApi(daemon, configuration, log);
   }
 
   async call<In extends Input, Out>(
@@ -200,9 +208,9 @@ class SoloApi implements Api {
   }
 
   async open(): Promise<void> {
-    await this.#daemon.lock(() => runningBackup(this.#folders));
+    await this.#daemon.lock(() => runningBackup(this.#configuration));
     const { serveOnSocket } = await import('./api-server.ts');
-    const server = await serveOnSocket(this.#daemon, this.#folders, this.#log);
+    const server = await serveOnSocket(this.#daemon, this.#configuration.api.socket, this.#log);
     this.#closeServer = () => server.close();
   }
 
@@ -215,9 +223,9 @@ class SoloApi implements Api {
 }
 
 /** The checkpoint of a backup that another process holds, if it can be asked. */
-export async function runningBackup(folders: Folders): Promise<string | undefined> {
+export async function runningBackup({ api }: Configuration): Promise<string | undefined> {
   try {
-    const { backups } = await new RemoteApi(socketPath(folders)).call(listBackups, {});
+    const { backups } = await new RemoteApi(api.socket).call(listBackups, {});
     return backups[0]?.checkpoint;
   } catch {
     return undefined;
@@ -225,14 +233,15 @@ export async function runningBackup(folders: Folders): Promise<string | undefine
 }
 
 /** Finds the daemon, or makes one for this command. Whoever got the API closes it. */
-export async function openApi(folders: Folders, log: Logger): Promise<Api> {
-  const remote = new RemoteApi(socketPath(folders));
+export async function openApi(log: Logger): Promise<Api> {
+  const configuration = await configurationInForce();
+  const remote = new RemoteApi(configuration.api.socket);
   try {
     await remote.call(listBackups, {});
     return remote;
   } catch (error) {
     if (error instanceof NoDaemon) {
-      return new SoloApi(folders, log);
+      return SoloApi.make(configuration, log);
     }
     throw error;
   }
@@ -240,13 +249,13 @@ export async function openApi(folders: Folders, log: Logger): Promise<Api> {
 
 /** Uses the API for a command, and lets go of it again. */
 export async function withApi<T>(
-  folders: Folders,
-  log: Logger,
-  use: (api: Api) => Promise<T>,
+  { verbose }: CommonOptions,
+  use: (api: Api, log: Logger) => Promise<T>,
 ): Promise<T> {
-  const api = await openApi(folders, log);
+  const log = makeLog(verbose ?? 0);
+  const api = await openApi(log);
   try {
-    return await use(api);
+    return await use(api, log);
   } finally {
     await api.close();
   }

@@ -2,6 +2,7 @@
 /** The control API as HTTP, on a unix socket that is root's alone. */
 import { rm } from 'node:fs/promises';
 import { createServer, type Server, type ServerResponse } from 'node:http';
+import { dirname } from 'node:path';
 import { umask } from 'node:process';
 import { type FastifyError, type FastifyInstance, type FastifyReply, fastify } from 'fastify';
 import type { Logger } from 'pino';
@@ -9,7 +10,7 @@ import { answerOf, statusOf } from './api-errors.ts';
 import type { Daemon } from './daemon.ts';
 import { explain, StillblockError, usageError } from './errors.ts';
 import type { DaemonEvent } from './events.ts';
-import { type Folders, makeFolder, socketPath } from './folders.ts';
+import { makeFolder } from './folders.ts';
 import { openApiDocument } from './openapi.ts';
 import { EVENTS_PATH, type Input, OPENAPI_PATH, OPERATIONS, type Operation } from './operations.ts';
 
@@ -56,7 +57,7 @@ function addOperation(
   operation: Operation<never, unknown>,
   daemon: Daemon,
 ): void {
-  const { method, path, status, body, query } = operation;
+  const { method, path, status, body, query, xml } = operation;
   const properties = Object.fromEntries(
     Object.keys(query ?? {}).map((name) => [name, { type: 'string', minLength: 1 }]),
   );
@@ -66,6 +67,12 @@ function addOperation(
     schema: {
       querystring: { type: 'object', properties, additionalProperties: false },
       ...(body === undefined ? {} : { body }),
+    },
+    // Before the body is looked at: a document becomes what JSON would have said.
+    preValidation: async (request) => {
+      if (xml !== undefined && typeof request.body === 'string') {
+        request.body = xml({ query: request.query as Record<string, string> }, request.body);
+      }
     },
     handler: async (request, reply) => {
       const gone = new AbortController();
@@ -140,6 +147,11 @@ export function buildApi(
       return server;
     },
   });
+  app.addContentTypeParser(
+    ['application/xml', 'text/xml'],
+    { parseAs: 'string' },
+    (_request, document, done) => done(null, document),
+  );
   const streams = new Set<ServerResponse>();
   app.setErrorHandler((error, _request, reply) => refuse(reply, error, log));
   app.setNotFoundHandler((request, reply) => {
@@ -175,7 +187,7 @@ function listen(server: Server, where: { path: string } | { fd: number }): Promi
 }
 
 /**
- * Serves the API on the socket of an installation.
+ * Serves the API on a unix socket.
  *
  * The caller is the only daemon: a socket that is there is a dead process's, and is replaced.
  *
@@ -183,12 +195,11 @@ function listen(server: Server, where: { path: string } | { fd: number }): Promi
  */
 export async function serveOnSocket(
   daemon: Daemon,
-  folders: Folders,
+  path: string,
   log: Logger,
   fd?: number,
 ): Promise<ApiServer> {
-  const path = socketPath(folders);
-  const removeFolder = await makeFolder(folders.run);
+  const removeFolder = await makeFolder(dirname(path));
   const { app, streams } = buildApi(daemon, log);
   try {
     await app.ready();

@@ -58,6 +58,10 @@ export interface StoreReport {
   readonly place: string;
   readonly capacityBytes: number;
   readonly usedBytes: number;
+  /** Why it is there. */
+  readonly why: string;
+  /** Forecast from its use in the last minutes; null if it does not fill, or that is not known. */
+  readonly overflowSeconds: number | null;
 }
 
 /** A backup that runs. */
@@ -82,6 +86,12 @@ export interface BackupDescription {
   readonly exports: readonly ExportReport[];
   /** Where its metrics are. */
   readonly metrics?: string;
+  /** Of a request in libvirt's XML: what came of it, and what of it was ignored. */
+  readonly xml?: {
+    readonly backup?: string;
+    readonly checkpoint?: string;
+    readonly warnings: readonly string[];
+  };
   /** Files among the checkpoints that are none, and why. */
   readonly brokenCheckpoints: readonly { readonly name: string; readonly problem: string }[];
 }

@@ -13,7 +13,8 @@ import { Security, type TlsPlan } from './tls.ts';
 /** Where a server listens, and how. */
 export interface ServerRequest {
   readonly listen: readonly (ListenAddress | InheritedSocket)[];
-  readonly tls: TlsPlan;
+  /** Undefined for the configuration's; true and false for that, required or off. */
+  readonly tls: TlsPlan | boolean | undefined;
 }
 
 /** What a backup needs of the server that it is served by. */
@@ -63,7 +64,7 @@ export class SharedServer {
    * @throws StillblockError if one of that can't be; nothing listens then
    */
   static async open(
-    { listen, tls }: ServerRequest,
+    { listen, tls }: { readonly listen: ServerRequest['listen']; readonly tls: TlsPlan },
     logger: Logger,
     rates: Rates = NO_RATES,
   ): Promise<SharedServer> {

@@ -490,3 +490,20 @@ export async function readConfiguration(path: string): Promise<Configuration> {
   }
   return parseConfiguration(bytes.toString(), path);
 }
+
+/**
+ * What is in force: a file that nobody named need not be there.
+ *
+ * @param path undefined for the usual place
+ */
+export async function configurationInForce(path?: string): Promise<Configuration> {
+  try {
+    return await readConfiguration(path ?? CONFIGURATION_FILE);
+  } catch (error) {
+    const missing = error instanceof StillblockError && error.code === 'NO_CONFIGURATION';
+    if (path === undefined && missing) {
+      return defaultConfiguration();
+    }
+    throw error;
+  }
+}

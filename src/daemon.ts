@@ -11,10 +11,10 @@ import { pid } from 'node:process';
 import type { Logger } from 'pino';
 import type { BackupDescription, BackupEnded, DiskChanges } from './backup-report.ts';
 import { type BackupServer, type ServerRequest, SharedServer } from './backup-server.ts';
-import { type DeviceNumber, splitDeviceNumber } from './block-devices.ts';
+import { type BlockDevices, type DeviceNumber, splitDeviceNumber } from './block-devices.ts';
 import { type CheckpointDetails, describeCheckpoint } from './checkpoint-report.ts';
 import { type CheckpointList, CheckpointStore, requireCheckpointName } from './checkpoints.ts';
-import type { Configuration, TlsSettings } from './configuration.ts';
+import { type Configuration, defaultConfiguration, type TlsSettings } from './configuration.ts';
 import {
   attachAll,
   type DeviceReport,
@@ -29,9 +29,12 @@ import { type Disk, openControl } from './disks.ts';
 import { explain, reasonWords, StillblockError } from './errors.ts';
 import { EventBus } from './events.ts';
 import type { Folders } from './folders.ts';
+import { type Measured, type MetricsServer, NO_FIGURES, startMetrics } from './metrics.ts';
 import type { ControlDevice, ModuleInfo } from './native.ts';
 import { ReleaseStack } from './release-stack.ts';
 import { type BackupHost, type BackupRequest, BackupSession } from './snapshot-session.ts';
+import type { Origin, StoreRequest } from './store.ts';
+import { chooseStore, type StoreChoice, WriteHistory } from './store-policy.ts';
 import type { TlsPlan } from './tls.ts';
 
 /** Each takes at least one of the module's 64 trackers; this many are more than anybody's. */
@@ -51,7 +54,22 @@ export interface DaemonStatus {
 }
 
 /** The part of the configuration that a daemon lives by. */
-export type DaemonSettings = Pick<Configuration, 'devices' | 'nbd'>;
+export type DaemonSettings = Pick<
+  Configuration,
+  'devices' | 'nbd' | 'store' | 'hooks' | 'keepCheckpoints' | 'freezeTimeoutMs' | 'metrics'
+>;
+
+/** For an image that nobody reads: what overflows it loses nothing. */
+const MOMENTARY_STORE: StoreRequest = {
+  places: ['memory'],
+  sizeBytes: 1024 * 1024,
+  maxBytes: undefined,
+};
+/** A server that nobody reaches. */
+const NO_SERVER: ServerRequest = { listen: [], tls: false };
+
+/** How often writes and stores are looked at, and devices that are missing looked for. */
+const TICK_MS = 10_000;
 
 /** What the configuration says of TLS, as servers take it. */
 function toTlsPlan({ mode, certificates, psk, verifyPeer, insecure, rules }: TlsSettings): TlsPlan {
@@ -83,6 +101,9 @@ export class Daemon implements BackupHost {
   readonly #since = new Date();
   #names: ReadonlyMap<DeviceNumber, string> = new Map();
   #missing: readonly string[] = [];
+  #settings: DaemonSettings = defaultConfiguration();
+  readonly #writes = new WriteHistory();
+  #metrics: { readonly server: MetricsServer; readonly where: string } | undefined;
   #control: ControlDevice | undefined;
   /** The server for backups that ask for none of their own. */
   #shared: { readonly server: SharedServer; readonly settings: string } | undefined;
@@ -120,6 +141,19 @@ export class Daemon implements BackupHost {
     return this.#control;
   }
 
+  get freezeTimeoutMs(): number {
+    return this.#settings.freezeTimeoutMs;
+  }
+
+  get hooks(): DaemonSettings['hooks'] {
+    return this.#settings.hooks;
+  }
+
+  chooseStore(origins: readonly Origin[], devices: BlockDevices): Promise<StoreChoice> {
+    const rate = this.#writes.bytesPerSecond(origins.map(({ number }) => number));
+    return chooseStore(this.#settings.store, origins, devices, rate);
+  }
+
   get diskNames(): ReadonlyMap<DeviceNumber, string> {
     return this.#names;
   }
@@ -142,7 +176,47 @@ export class Daemon implements BackupHost {
       );
     }
     this.#locked = true;
+    this.#startTicking();
     await this.checkpoints.removeStaged();
+  }
+
+  #startTicking(): void {
+    let last = Promise.resolve();
+    const tick = (): void => {
+      last = last
+        .then(() => this.#tick())
+        .catch((err: unknown) => this.#log.warn({ err }, 'looking around'));
+    };
+    const timer = setInterval(tick, TICK_MS).unref();
+    tick();
+    this.#stack.push(async () => {
+      clearInterval(timer);
+      await last;
+    });
+  }
+
+  async #tick(): Promise<void> {
+    const now = performance.now();
+    await this.#writes.sample(now);
+    for (const session of this.#sessions.values()) {
+      await session.sample(now);
+    }
+    if (this.#missing.length > 0) {
+      await this.#track(this.#settings.devices);
+    }
+  }
+
+  /** What is configured is in force from now on, as far as it needs no device and no socket. */
+  async adopt(settings: DaemonSettings): Promise<void> {
+    const names = new Map<DeviceNumber, string>();
+    for (const { path, name } of settings.devices) {
+      const status = await stat(path).catch(() => undefined);
+      if (name !== undefined && status?.isBlockDevice() === true) {
+        names.set(splitDeviceNumber(status.rdev), name);
+      }
+    }
+    this.#names = names;
+    this.#settings = settings;
   }
 
   /**
@@ -151,21 +225,71 @@ export class Daemon implements BackupHost {
    * @throws StillblockError if it cannot listen; nothing has changed then
    */
   async configure(settings: DaemonSettings): Promise<void> {
-    const { listen, tls, rates } = settings.nbd;
-    if (this.#shared === undefined && listen.length > 0) {
-      const server = await SharedServer.open({ listen, tls: toTlsPlan(tls) }, this.#log, rates);
-      this.#servers.add(server);
-      this.#stack.push(() => server.close());
-      this.#shared = { server, settings: JSON.stringify(settings.nbd) };
-    }
+    await this.#listen(settings);
+    await this.#serveMetrics(settings);
+    await this.adopt(settings);
     await this.#track(settings.devices);
+  }
+
+  /** A server that other settings made goes when the backups that it serves have ended. */
+  async #listen({ nbd }: DaemonSettings): Promise<void> {
+    const { listen, tls, rates } = nbd;
+    const wanted = JSON.stringify([listen, tls, rates.total, [...rates.byName]]);
+    const before = this.#shared;
+    if (before?.settings === wanted) {
+      return;
+    }
+    if (before !== undefined && this.#sessions.size > 0) {
+      throw new StillblockError(
+        'BACKUP_RUNNING',
+        'the settings of <nbd> cannot change while a backup is served',
+        'end it with stillblock backup end, and reload again',
+      );
+    }
+    const request = { listen, tls: toTlsPlan(tls) };
+    await before?.server.close();
+    this.#shared = undefined;
+    try {
+      this.#share(await SharedServer.open(request, this.#log, rates), wanted);
+    } catch (error) {
+      if (before !== undefined) {
+        const { listen: back, tls: old, rates: caps } = this.#settings.nbd;
+        const again = { listen: back, tls: toTlsPlan(old) };
+        this.#share(await SharedServer.open(again, this.#log, caps), before.settings);
+      }
+      throw error;
+    }
+  }
+
+  #share(server: SharedServer, settings: string): void {
+    this.#servers.add(server);
+    this.#shared = { server, settings };
+    this.#stack.push(() => server.close());
+  }
+
+  async #serveMetrics({ metrics }: DaemonSettings): Promise<void> {
+    const wanted = JSON.stringify(metrics);
+    if (this.#metrics?.where === wanted) {
+      return;
+    }
+    await this.#metrics?.server.close();
+    this.#metrics = undefined;
+    if (metrics !== undefined) {
+      const server = await startMetrics(metrics, () => this.#measure());
+      this.#metrics = { server, where: wanted };
+      this.#stack.push(() => server.close());
+    }
+  }
+
+  #measure(): Measured {
+    const nbd = this.#shared?.server.figures() ?? NO_FIGURES;
+    return { nbd, backups: this.backups() };
   }
 
   /** Tracks what is configured and there; tells of what is not. */
   async #track(devices: DaemonSettings['devices']): Promise<void> {
     const disks = await listDisks(this.control, this.#names);
     const tracked = new Set(disks.map(({ number }) => number));
-    const names = new Map<DeviceNumber, string>();
     const missing: string[] = [];
     for (const { path, name, blockSizeBytes } of devices) {
       try {
@@ -173,9 +297,6 @@ export class Daemon implements BackupHost {
         if (!tracked.has(number)) {
           await attachAll(this.control, [path], blockSizeBytes ?? 0);
           this.events.emit({ event: 'device-attached', device: path, name: name ?? path });
-        }
-        if (name !== undefined) {
-          names.set(number, name);
         }
       } catch (err) {
         const message = err instanceof Error ? err.message : String(err);
@@ -186,8 +307,9 @@ export class Daemon implements BackupHost {
         missing.push(path);
       }
     }
-    this.#names = names;
     this.#missing = missing;
+    // Those that have come back have their names again.
+    await this.adopt(this.#settings);
   }
 
   async status(): Promise<DaemonStatus> {
@@ -304,12 +426,32 @@ export class Daemon implements BackupHost {
       if (signal?.aborted === true) {
         onAbort();
       }
-      return await session.begin();
+      const description = await session.begin();
+      await this.#forgetOld();
+      return description;
     } catch (error) {
       this.#sessions.delete(checkpoint);
       throw error;
     } finally {
       signal?.removeEventListener('abort', onAbort);
+    }
+  }
+
+  /** Deletes the oldest checkpoints of more than are to be kept. */
+  async #forgetOld(): Promise<void> {
+    const { keepCheckpoints } = this.#settings;
+    if (keepCheckpoints === undefined) {
+      return;
+    }
+    const { checkpoints } = await this.checkpoints.list();
+    const old = checkpoints
+      .slice(0, -keepCheckpoints)
+      .filter(({ name }) => !this.#sessions.has(name));
+    for (const { name } of old) {
+      // One that stays costs little; the backup is what matters.
+      await this.deleteCheckpoint(name).catch((err: unknown) =>
+        this.#log.warn({ err, checkpoint: name }, 'an old checkpoint stays'),
+      );
     }
   }
 
@@ -388,7 +530,16 @@ export class Daemon implements BackupHost {
 
   /** A server for one backup alone. */
   async #ownServer(request: ServerRequest): Promise<BackupServer> {
-    const server = await SharedServer.open(request, this.#log);
+    const { listen, tls } = request;
+    const configured = toTlsPlan(this.#settings.nbd.tls);
+    const plan =
+      typeof tls === 'object'
+        ? tls
+        : {
+            ...configured,
+            ...(tls === undefined ? {} : ({ mode: tls ? 'require' : 'off' } as const)),
+          };
+    const server = await SharedServer.open({ listen, tls: plan }, this.#log);
     this.#servers.add(server);
     return {
       ...server.lease(),
@@ -432,6 +583,14 @@ export class Daemon implements BackupHost {
     // Without the module, or without root, they can't be told.
     const tracked = await listDisksIfKnown(() => this.control, this.#names);
     return describeCheckpoint(checkpoint, tracked);
+  }
+
+  /** Makes a checkpoint of an instant whose snapshot is let go at once. */
+  async makeCheckpoint(request: BackupRequest, signal?: AbortSignal): Promise<CheckpointDetails> {
+    const alone = { ...request, store: MOMENTARY_STORE, server: NO_SERVER };
+    await this.beginBackup(alone, signal);
+    await this.endBackup(request.checkpoint);
+    return this.checkpoint(request.checkpoint);
   }
 
   async deleteCheckpoint(name: string): Promise<void> {

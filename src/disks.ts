@@ -26,6 +26,12 @@ export interface DiskRequest {
   readonly name: string | undefined;
   /** A path, or the name of a tracked device. */
   readonly path: string;
+  /** Undefined for the disk's name. */
+  readonly exportName?: string;
+  /** Also calls the changes `qemu:dirty-bitmap:` and this. */
+  readonly exportBitmap?: string | undefined;
+  /** A checkpoint since which its changes must be known; null for none, undefined for that of all. */
+  readonly incremental?: string | null;
 }
 
 /** Reads `[NAME=]DEV`. A path may contain `=` itself. */

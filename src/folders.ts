@@ -19,11 +19,6 @@ export function folders(environment: NodeJS.ProcessEnv = env): Folders {
   return { run: run || '/run/stillblock', state: state || '/var/lib/stillblock' };
 }
 
-/** The socket of the control API. */
-export function socketPath({ run }: Folders): string {
-  return join(run, 'control.sock');
-}
-
 /** The folder of checkpoints. */
 export function checkpointFolder({ state }: Folders): string {
   return join(state, 'checkpoints');

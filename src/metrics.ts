@@ -26,8 +26,8 @@ export const METRICS_HELP = 'Prometheus metrics on [HOST:]PORT or socket';
 /** What the metrics are made of. */
 export interface Measured {
   readonly nbd: NbdFigures;
-  /** Of a running backup. */
-  readonly backup?: BackupDescription;
+  /** Those that run. */
+  readonly backups?: readonly BackupDescription[];
 }
 
 /** The figures of an NBD server. */
@@ -49,6 +49,15 @@ interface Sample {
   readonly labels: Readonly<Record<string, string>>;
   readonly value: number;
 }
+
+/** What a server has counted that does not exist. */
+export const NO_FIGURES: NbdFigures = {
+  handshakes: 0,
+  connections: 0,
+  accepted: 0,
+  bytesInFlight: 0,
+  exports: new Map(),
+};
 
 type MetricDefinition = {
   readonly type: 'counter' | 'gauge';
@@ -81,6 +90,18 @@ function perRequest(
 
 function one(value: number | undefined): Sample[] {
   return value === undefined ? [] : [{ labels: {}, value }];
+}
+
+/** One sample of each backup that has the value. */
+function perBackup(
+  { backups = [] }: Measured,
+  value: (backup: BackupDescription) => number | null | undefined,
+): Sample[] {
+  return backups.flatMap((backup) => {
+    const found = value(backup);
+    const labels = { backup: backup.checkpoint };
+    return found === undefined || found === null ? [] : [{ labels, value: found }];
+  });
 }
 
 function invalidCheckpoints(backup: BackupDescription): Sample[] {
@@ -144,80 +165,87 @@ const DEFINITIONS: readonly MetricDefinition[] = [
     type: 'gauge',
     name: 'stillblock_snapshot_state',
     help: 'One for the state that the backup is in, zero for the others',
-    labelNames: ['state'],
-    samples: ({ backup }) =>
-      backup === undefined
-        ? []
-        : SNAPSHOT_STATES.map((state) => ({
-            labels: { state },
-            value: state === backup.state ? 1 : 0,
-          })),
+    labelNames: ['backup', 'state'],
+    samples: ({ backups = [] }) =>
+      backups.flatMap((backup) =>
+        SNAPSHOT_STATES.map((state) => ({
+          labels: { backup: backup.checkpoint, state },
+          value: state === backup.state ? 1 : 0,
+        })),
+      ),
   },
   {
     type: 'gauge',
     name: 'stillblock_snapshot_freeze_seconds',
     help: 'How long file systems were frozen',
-    labelNames: [],
-    samples: ({ backup }) =>
-      one(backup?.freezeMs === undefined ? undefined : backup.freezeMs / 1000),
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ freezeMs }) => freezeMs && freezeMs / 1000),
   },
   {
     type: 'gauge',
     name: 'stillblock_snapshot_gate_seconds',
     help: 'How long writes were held for the switch',
-    labelNames: [],
-    samples: ({ backup }) => one(backup?.gateMs === undefined ? undefined : backup.gateMs / 1000),
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ gateMs }) => gateMs && gateMs / 1000),
   },
   {
     type: 'counter',
     name: 'stillblock_held_writes_total',
     help: 'Writes that waited for copy-on-write',
-    labelNames: [],
-    samples: ({ backup }) => one(backup?.heldWrites),
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ heldWrites }) => heldWrites),
   },
   {
     type: 'gauge',
     name: 'stillblock_store_used_bytes',
     help: 'Difference storage in use',
-    labelNames: [],
-    samples: ({ backup }) => one(backup?.store?.usedBytes),
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ store }) => store?.usedBytes),
   },
   {
     type: 'gauge',
     name: 'stillblock_store_limit_bytes',
     help: 'Difference storage that there is now; it may grow',
-    labelNames: [],
-    samples: ({ backup }) => one(backup?.store?.capacityBytes),
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ store }) => store?.capacityBytes),
   },
   {
     type: 'gauge',
     name: 'stillblock_disk_size_bytes',
     help: 'Size of each disk of the snapshot',
     labelNames: ['disk'],
-    samples: ({ backup }) =>
-      (backup?.disks ?? []).map(({ name, sizeBytes }) => ({
-        labels: { disk: name },
-        value: sizeBytes,
-      })),
+    samples: ({ backups = [] }) =>
+      backups.flatMap(({ disks }) =>
+        disks.map(({ name, sizeBytes }) => ({ labels: { disk: name }, value: sizeBytes })),
+      ),
   },
   {
     type: 'gauge',
     name: 'stillblock_dirty_bytes',
     help: 'What changed on a disk since a checkpoint, in whole blocks',
     labelNames: ['disk', 'checkpoint'],
-    samples: ({ backup }) =>
-      (backup?.exports ?? []).flatMap(({ disk, checkpoint, dirtyBytes }) =>
-        checkpoint === undefined || dirtyBytes === undefined
-          ? []
-          : [{ labels: { disk, checkpoint }, value: dirtyBytes }],
-      ),
+    samples: ({ backups = [] }) =>
+      backups
+        .flatMap(({ exports }) => exports)
+        .flatMap(({ disk, checkpoint, dirtyBytes }) =>
+          checkpoint === undefined || dirtyBytes === undefined
+            ? []
+            : [{ labels: { disk, checkpoint }, value: dirtyBytes }],
+        ),
   },
   {
     type: 'gauge',
     name: 'stillblock_invalid_checkpoints',
     help: 'Checkpoints since which the changes of a disk are not known, by reason',
     labelNames: ['disk', 'reason'],
-    samples: ({ backup }) => (backup === undefined ? [] : invalidCheckpoints(backup)),
+    samples: ({ backups = [] }) => backups.flatMap(invalidCheckpoints),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_store_overflow_seconds',
+    help: 'Forecast until the store is full, from its use in the last minutes',
+    labelNames: ['backup'],
+    samples: (measured) => perBackup(measured, ({ store }) => store?.overflowSeconds),
   },
 ];
 

@@ -66,12 +66,23 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
       freezeMs: { type: 'number' },
       gateMs: { type: 'number' },
       heldWrites: count,
-      store: record({ place: text, capacityBytes: bytes, usedBytes: bytes }),
+      store: record({
+        place: text,
+        capacityBytes: bytes,
+        usedBytes: bytes,
+        why: text,
+        overflowSeconds: { type: ['number', 'null'] },
+      }),
       disks: listOf(named('Disk')),
       exports: listOf(named('Export')),
+      metrics: text,
+      xml: record({ backup: text, checkpoint: text, warnings: listOf(text) }, [
+        'backup',
+        'checkpoint',
+      ]),
       brokenCheckpoints: listOf(record({ name: text, problem: text })),
     },
-    ['reason', 'takenAt', 'freezeMs', 'gateMs', 'heldWrites', 'store'],
+    ['reason', 'takenAt', 'freezeMs', 'gateMs', 'heldWrites', 'store', 'metrics', 'xml'],
   ),
   Disk: record({
     name: text,
@@ -130,6 +141,7 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
 };
 
 const json = (schema: Schema): Schema => ({ 'application/json': { schema } });
+const XML: Schema = { 'application/xml': { schema: { type: 'string' } } };
 const refusal: Schema = {
   description: 'Refused; nothing has changed',
   content: json(named('Error')),
@@ -153,7 +165,8 @@ function parametersOf(path: string, query: Readonly<Record<string, string>> = {}
 
 function pathsOf(): Record<string, Record<string, Schema>> {
   const paths: Record<string, Record<string, Schema>> = {};
-  for (const { id, method, path, tag, summary, query, body, status, answer } of OPERATIONS) {
+  for (const operation of OPERATIONS) {
+    const { id, method, path, tag, summary, query, body, status, answer } = operation;
     const parameters = parametersOf(path, query);
     paths[path] = {
       ...paths[path],
@@ -162,7 +175,14 @@ function pathsOf(): Record<string, Record<string, Schema>> {
         tags: [tag],
         summary,
         ...(parameters.length === 0 ? {} : { parameters }),
-        ...(body === undefined ? {} : { requestBody: { required: true, content: json(body) } }),
+        ...(body === undefined
+          ? {}
+          : {
+              requestBody: {
+                required: true,
+                content: { ...json(body), ...(operation.xml === undefined ? {} : XML) },
+              },
+            }),
         responses: {
           [status]: { description: summary, content: json(answer) },
           default: refusal,

@@ -3,9 +3,8 @@
  * The control API: each operation with its route, what it takes and what it answers. The
  * server's routes, the OpenAPI description and the client are all made of this table.
  */
-import type { InheritedSocket, ListenAddress } from '../nbd/server.ts';
 import type { BackupDescription, BackupEnded, DiskChanges } from './backup-report.ts';
-import type { ServerRequest } from './backup-server.ts';
+import { type BeginBody, toBackupRequest } from './backup-request.ts';
 import {
   type CheckpointDetails,
   type CheckpointReport,
@@ -14,9 +13,6 @@ import {
 import type { BrokenCheckpoint } from './checkpoints.ts';
 import type { Daemon, DaemonStatus } from './daemon.ts';
 import type { DeviceReport, MarkedRange } from './devices.ts';
-import type { DiskRequest } from './disks.ts';
-import type { BackupRequest } from './snapshot-session.ts';
-import type { TlsPlan } from './tls.ts';
 
 /** A JSON Schema, as OpenAPI 3.1 takes it. */
 export type Schema = Readonly<Record<string, unknown>>;
@@ -38,6 +34,8 @@ export interface Operation<In extends Input, Out> {
   readonly summary: string;
   readonly query?: Readonly<Record<string, string>>;
   readonly body?: Schema;
+  /** Makes the body of a document, where XML will do as well. */
+  xml?(input: Input, document: string): unknown;
   readonly status: number;
   readonly answer: Schema;
   /** @param signal aborted when nobody waits for the answer any more */
@@ -45,6 +43,7 @@ export interface Operation<In extends Input, Out> {
 }
 
 const text = { type: 'string', minLength: 1, maxLength: 4096 } as const;
+const xml = { type: 'string', minLength: 1, maxLength: 256 * 1024 } as const;
 const bytes = { type: 'integer', minimum: 0, maximum: Number.MAX_SAFE_INTEGER } as const;
 const list = (items: Schema, maxItems = 256): Schema => ({ type: 'array', items, maxItems });
 const object = (properties: Schema, required: readonly string[] = []): Schema => ({
@@ -83,86 +82,33 @@ const TLS: Schema = object(
   ['mode'],
 );
 
-const BEGIN: Schema = object(
-  {
-    checkpoint: { ...text, description: 'name of this instant' },
-    description: { type: 'string', maxLength: 4096 },
-    store: object(
-      {
-        places: { ...list(text), description: 'folders, files, block devices, or memory' },
-        sizeBytes: { ...bytes, description: 'of each, to begin with' },
-        maxBytes: { ...bytes, description: 'of each, to grow to' },
-      },
-      ['places'],
-    ),
-    disks: {
-      ...list(object({ name: text, path: text }, ['path'])),
-      description: 'tracked devices by path or name; all if absent',
+/** Of a name or of `checkpointXml` there must be one, and one may be made up with `backupXml`. */
+const BEGIN: Schema = object({
+  checkpoint: { ...text, description: 'name of this instant' },
+  description: { type: 'string', maxLength: 4096 },
+  store: object(
+    {
+      places: { ...list(text), description: 'folders, files, block devices, or memory' },
+      sizeBytes: { ...bytes, description: 'of each, to begin with' },
+      maxBytes: { ...bytes, description: 'of each, to grow to' },
     },
-    server: {
-      ...object({ listen: list(LISTEN, 64), tls: TLS }, ['listen']),
-      description: "a server for this backup; absent: the daemon's own",
-    },
-    maxRates: { ...list(text), description: 'RATE and DISK=RATE, bytes per second' },
-    metrics: { ...LISTEN, description: 'serve Prometheus metrics of this backup there' },
-    incremental: { ...text, description: 'fail unless all changes since are known' },
-    freezeTimeoutMs: { type: 'integer', minimum: 1 },
+    ['places'],
+  ),
+  disks: {
+    ...list(object({ name: text, path: text }, ['path'])),
+    description: 'tracked devices by path or name; all if absent',
   },
-  ['checkpoint', 'store'],
-);
-
-/** The body of a begin. */
-export interface BeginBody {
-  readonly checkpoint: string;
-  readonly description?: string | undefined;
-  readonly store: {
-    readonly places: readonly string[];
-    readonly sizeBytes?: number | undefined;
-    readonly maxBytes?: number | undefined;
-  };
-  readonly disks?: readonly { readonly name?: string | undefined; readonly path: string }[];
-  readonly server?: {
-    /** A descriptor only within one process. */
-    readonly listen: readonly (ListenAddress | InheritedSocket)[];
-    readonly tls?: Partial<TlsPlan>;
-  };
-  readonly maxRates?: readonly string[];
-  readonly metrics?: ListenAddress;
-  readonly incremental?: string | undefined;
-  readonly freezeTimeoutMs?: number;
-}
-
-function toServerRequest({ listen, tls }: NonNullable<BeginBody['server']>): ServerRequest {
-  const { certificates, keys, access } = tls ?? {};
-  return {
-    listen,
-    tls: {
-      mode: tls?.mode ?? 'off',
-      certificates,
-      keys,
-      verifyPeer: tls?.verifyPeer ?? false,
-      access,
-      insecure: tls?.insecure ?? false,
-    },
-  };
-}
-
-const DEFAULT_FREEZE_MS = 10_000;
-
-function toRequest(body: BeginBody): BackupRequest {
-  const { places, sizeBytes, maxBytes } = body.store;
-  return {
-    checkpoint: body.checkpoint,
-    description: body.description ?? '',
-    store: { places, sizeBytes, maxBytes },
-    disks: (body.disks ?? []).map(({ name, path }): DiskRequest => ({ name, path })),
-    server: body.server === undefined ? undefined : toServerRequest(body.server),
-    maxRates: body.maxRates ?? [],
-    metrics: body.metrics,
-    incremental: body.incremental,
-    freezeTimeoutMs: body.freezeTimeoutMs ?? DEFAULT_FREEZE_MS,
-  };
-}
+  server: {
+    ...object({ listen: list(LISTEN, 64), tls: TLS }, ['listen']),
+    description: "a server for this backup; absent: the daemon's own",
+  },
+  maxRates: { ...list(text), description: 'RATE and DISK=RATE, bytes per second' },
+  metrics: { ...LISTEN, description: 'serve Prometheus metrics of this backup there' },
+  incremental: { ...text, description: 'fail unless all changes since are known' },
+  freezeTimeoutMs: { type: 'integer', minimum: 1, maximum: 60_000 },
+  backupXml: { ...xml, description: "libvirt's <domainbackup>, for disks, server and store" },
+  checkpointXml: { ...xml, description: "libvirt's <domaincheckpoint>" },
+});
 
 type Named = { readonly params: { readonly name: string } };
 
@@ -263,10 +209,50 @@ export const beginBackup: Operation<{ readonly body: BeginBody }, BackupDescript
   path: '/v1/backups',
   tag: 'backups',
   summary: 'Takes a snapshot and serves it until it is ended; answered when it is served',
+  query: { checkpoint: 'with a body of XML: name of this instant; without, none is kept' },
   body: BEGIN,
   status: 201,
   answer: named('Backup'),
-  run: (daemon, { body }, signal) => daemon.beginBackup(toRequest(body), signal),
+  xml: ({ query }, document) => ({
+    backupXml: document,
+    ...(query?.['checkpoint'] === undefined ? {} : { checkpoint: query['checkpoint'] }),
+  }),
+  run: async (daemon, { body }, signal) => daemon.beginBackup(await toBackupRequest(body), signal),
+};
+
+export const makeCheckpoint: Operation<
+  {
+    readonly body:
+      | { readonly xml: string }
+      | { readonly name: string; readonly description?: string };
+  },
+  CheckpointDetails
+> = {
+  id: 'makeCheckpoint',
+  method: 'POST',
+  path: '/v1/checkpoints',
+  tag: 'checkpoints',
+  summary: 'Makes a checkpoint alone: an instant of the disks, with no image of it',
+  body: {
+    oneOf: [
+      object({ xml: { ...xml, description: "libvirt's <domaincheckpoint>" } }, ['xml']),
+      object({ name: text, description: { type: 'string', maxLength: 4096 } }, ['name']),
+    ],
+  },
+  xml: (_input, document) => ({ xml: document }),
+  status: 201,
+  answer: named('CheckpointDetails'),
+  run: async (daemon, { body }, signal) => {
+    const request = await toBackupRequest(
+      'xml' in body
+        ? { checkpointXml: body.xml }
+        : {
+            checkpoint: body.name,
+            ...(body.description === undefined ? {} : { description: body.description }),
+          },
+    );
+    return daemon.makeCheckpoint(request, signal);
+  },
 };
 
 export const getBackup: Operation<Named, BackupDescription> = {
@@ -396,6 +382,7 @@ export const OPERATIONS: readonly Operation<never, unknown>[] = [
   getChanges,
   listExports,
   listCheckpoints,
+  makeCheckpoint,
   getCheckpoint,
   deleteCheckpoint,
 ];

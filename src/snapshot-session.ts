@@ -4,7 +4,8 @@ import { randomUUID } from 'node:crypto';
 import { type FileHandle, stat } from 'node:fs/promises';
 import { pid } from 'node:process';
 import type { Logger } from 'pino';
-import { diskExports, type ForgetCached, openFileSource } from '../nbd/export.ts';
+import { DIRTY_BITMAP_PREFIX } from '../nbd/constants.ts';
+import { diskExports, type Export, type ForgetCached, openFileSource } from '../nbd/export.ts';
 import type { Extent } from '../nbd/extents.ts';
 import type { ListenAddress } from '../nbd/server.ts';
 import {
@@ -17,7 +18,13 @@ import {
   NEXT_PHASES,
 } from './backup-report.ts';
 import type { BackupServer, ServerRequest } from './backup-server.ts';
-import { BlockDevices, deviceNumber, splitDeviceNumber } from './block-devices.ts';
+import type { BackupXml, CheckpointXml } from './backup-xml.ts';
+import {
+  BlockDevices,
+  type DeviceNumber,
+  deviceNumber,
+  splitDeviceNumber,
+} from './block-devices.ts';
 import {
   type Checkpoint,
   type CheckpointList,
@@ -33,8 +40,9 @@ import {
   deviceNumberOf,
   diskOf,
 } from './disks.ts';
-import { EXIT, exitCodeOf, explain, reasonWords, StillblockError } from './errors.ts';
+import { EXIT, exitCodeOf, explain, reasonWords, StillblockError, usageError } from './errors.ts';
 import { beGentle } from './gentle.ts';
+import { type Hook, withHooks } from './hooks.ts';
 import { startMetrics } from './metrics.ts';
 import { type FileSystem, fileSystemsOn, openFileSystem, readFileSystems } from './mounts.ts';
 import {
@@ -48,19 +56,35 @@ import {
 } from './native.ts';
 import { planRates, RateCaps } from './rates.ts';
 import { ReleaseStack } from './release-stack.ts';
-import { planStores, Store, type StoreRequest } from './store.ts';
+import { type Origin, planStores, Store, type StoreRequest } from './store.ts';
+import { forecastOverflow, type Sample, type StoreChoice } from './store-policy.ts';
 
 /** How long clients of a failed snapshot are still told EIO before the server goes away. */
 const FAILED_GRACE_MS = 5_000;
 const NS_PER_MS = 1_000_000;
+/** Samples that a forecast looks back on: some five minutes of them. */
+const MAX_USES = 32;
+
+/** What writes libvirt's XML of what has come of a request that was made in it. */
+export interface XmlEcho {
+  readonly backup?: (resolved: Omit<BackupXml, 'warnings' | 'server'>) => string;
+  readonly checkpoint?: (resolved: Omit<CheckpointXml, 'warnings'>) => string;
+  /** What was accepted and ignored. */
+  readonly warnings: readonly string[];
+}
 
 /** What the user asked for. */
 export interface BackupRequest {
   readonly checkpoint: string;
+  /** Whether the checkpoint stays when the snapshot has gone. */
+  readonly kept: boolean;
   readonly description: string;
-  readonly store: StoreRequest;
+  /** Undefined to have it chosen. */
+  readonly store: StoreRequest | undefined;
   /** All tracked devices if there are none. */
   readonly disks: readonly DiskRequest[];
+  /** Of which disks the checkpoint is; undefined for all. */
+  readonly checkpointDisks: readonly string[] | undefined;
   /** A server of its own; undefined for the one that is there. */
   readonly server: ServerRequest | undefined;
   /** `RATE` and `DISK=RATE`, not read yet. */
@@ -68,7 +92,9 @@ export interface BackupRequest {
   readonly metrics: ListenAddress | undefined;
   /** A checkpoint since which the changes of every disk must be known. */
   readonly incremental: string | undefined;
-  readonly freezeTimeoutMs: number;
+  /** Undefined for the configuration's. */
+  readonly freezeTimeoutMs: number | undefined;
+  readonly echo: XmlEcho;
 }
 
 /** Who has backups taken: what they share. */
@@ -76,6 +102,10 @@ export interface BackupHost {
   readonly control: ControlDevice;
   readonly checkpoints: CheckpointStore;
   readonly diskNames: DiskNames;
+  readonly freezeTimeoutMs: number;
+  readonly hooks: readonly Hook[];
+  /** Decides where a store comes from that nobody asked for. */
+  chooseStore(origins: readonly Origin[], devices: BlockDevices): Promise<StoreChoice>;
   /**
    * Reserves disks, at once, and returns what gives them back.
    *
@@ -152,6 +182,12 @@ export class BackupSession {
   #phase: BackupPhase = 'preparing';
   #snapshot: Snapshot | undefined;
   #store: Store | undefined;
+  #storeChoice: StoreChoice | undefined;
+  /** Of the store, lately. */
+  #uses: readonly Sample[] = [];
+  /** What the store can become, bytes. */
+  #storeLimitBytes = 0;
+  readonly #cancel = new AbortController();
   #growing: Promise<void> | undefined;
   /** Name of the module's reason, once the snapshot has failed. */
   #failure: string | undefined;
@@ -169,6 +205,8 @@ export class BackupSession {
   #broken: CheckpointList['broken'] = [];
   #caps = new RateCaps({ total: undefined, byName: new Map() });
   #forget: ForgetCached | undefined;
+  /** What was asked for of each disk that was named. */
+  #wanted: ReadonlyMap<DeviceNumber, DiskRequest> = new Map();
   #metrics: string | undefined;
 
   constructor(request: BackupRequest, host: BackupHost, observer: BackupObserver, log: Logger) {
@@ -201,7 +239,8 @@ export class BackupSession {
       await this.#begin();
     } catch (error) {
       await this.#release();
-      throw error instanceof Cancelled ? cancelled(this.checkpoint) : error;
+      const given = error instanceof Cancelled || error === this.#cancel.signal.reason;
+      throw given ? cancelled(this.checkpoint) : error;
     }
     this.#untilEnd()
       .then(() => this.#release())
@@ -222,6 +261,7 @@ export class BackupSession {
   /** Lets it end, at the next point where it can. */
   requestEnd(): void {
     this.#endRequested = true;
+    this.#cancel.abort();
     this.#wake?.();
   }
 
@@ -287,6 +327,25 @@ export class BackupSession {
     };
   }
 
+  get #places(): readonly string[] {
+    return this.#storeChoice?.request.places ?? [];
+  }
+
+  /**
+   * Looks how the store fills, for the forecast.
+   *
+   * @param atMs now, by a clock that never goes back
+   */
+  async sample(atMs: number): Promise<void> {
+    const room = (await this.#store?.roomBytes()) ?? 0;
+    if (this.#phase === 'serving' && this.#snapshot !== undefined) {
+      const { storeUsedBytes, storeCapacityBytes } = this.#snapshot.state();
+      this.#storeLimitBytes = storeCapacityBytes + room;
+      const use = { atMs, bytes: storeUsedBytes };
+      this.#uses = [...this.#uses.slice(1 - MAX_USES), use];
+    }
+  }
+
   describe(): BackupDescription {
     const held = this.#phase === 'serving' || this.#phase === 'failed';
     const state = held ? this.#snapshot?.state() : undefined;
@@ -304,15 +363,18 @@ export class BackupSession {
             gateMs: state.gateNs / NS_PER_MS,
             heldWrites: state.heldWrites,
             store: {
-              place: this.#request.store.places.join(', '),
+              place: this.#places.join(', '),
+              why: this.#storeChoice?.why ?? '',
               capacityBytes: state.storeCapacityBytes,
               usedBytes: state.storeUsedBytes,
+              overflowSeconds: forecastOverflow(this.#uses, this.#storeLimitBytes) ?? null,
             },
           }),
       disks: this.#disks,
       exports: this.#exports,
       ...(this.#metrics === undefined ? {} : { metrics: this.#metrics }),
       brokenCheckpoints: this.#broken,
+      ...this.#xml(),
     };
   }
 
@@ -336,10 +398,12 @@ export class BackupSession {
       })),
     );
     const disks = chooseDisks(trackers, devices, wanted, diskNames);
+    this.#wanted = new Map(wanted.map((disk) => [disk.number, disk]));
+    this.#requireCheckpointDisks(disks);
     this.#stack.push(this.#host.claim(disks, this));
     this.#requireIncrements(
       earlier,
-      disks.map(({ name, tracker }) => ({ ...tracker, name })),
+      disks.map(({ name, number, tracker }) => ({ ...tracker, name, device: number })),
     );
     this.#caps = new RateCaps(
       planRates(
@@ -358,11 +422,21 @@ export class BackupSession {
     this.#requireCounts(disks, fileSystems);
     const pieces = await this.#prepareStore(disks, devices);
     this.#checkEnd();
-    const taken = await this.#take(control, disks, fileSystems, pieces);
+    const context = {
+      checkpoint: this.checkpoint,
+      disks: disks.map(({ name }) => name),
+    };
+    const taken = await withHooks(
+      this.#host.hooks,
+      context,
+      this.#log,
+      () => this.#take(control, disks, fileSystems, pieces),
+      this.#cancel.signal,
+    );
     this.#checkEnd();
     this.#requireIncrements(
       earlier,
-      taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name })),
+      taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name, device: disk.number })),
     );
     await this.#serve(taken, earlier, server);
   }
@@ -382,23 +456,40 @@ export class BackupSession {
     return checkpoints;
   }
 
+  /** The checkpoint since which the changes of a disk must be known. */
+  #baseOf(number: DeviceNumber): string | undefined {
+    const own = this.#wanted.get(number)?.incremental;
+    return own === undefined ? this.#request.incremental : (own ?? undefined);
+  }
+
   #requireIncrements(
     earlier: readonly Checkpoint[],
-    disks: readonly Parameters<typeof judge>[1][],
+    disks: readonly (Parameters<typeof judge>[1] & { readonly device: DeviceNumber })[],
   ): void {
-    const { incremental } = this.#request;
-    if (incremental === undefined) {
-      return;
-    }
-    const checkpoint = earlier.find(({ name }) => name === incremental);
     for (const disk of disks) {
+      const base = this.#baseOf(disk.device);
+      if (base === undefined) {
+        continue;
+      }
+      const checkpoint = earlier.find(({ name }) => name === base);
       const verdict =
         checkpoint === undefined
           ? ({ kind: 'full', why: 'there is no such checkpoint' } as const)
           : judge(checkpoint, disk);
       if (verdict.kind === 'full') {
-        throw fullRequired(disk.name, incremental, verdict.why);
+        throw fullRequired(disk.name, base, verdict.why);
       }
+    }
+  }
+
+  #requireCheckpointDisks(disks: readonly Disk[]): void {
+    const { checkpointDisks } = this.#request;
+    const strange = checkpointDisks?.find((name) => !disks.some((disk) => disk.name === name));
+    if (strange !== undefined) {
+      throw usageError(
+        `disk ${strange} of the checkpoint is not in the backup`,
+        'leave it out, or have it backed up',
+      );
     }
   }
 
@@ -426,7 +517,7 @@ export class BackupSession {
     if (address !== undefined) {
       const metrics = await startMetrics(address, () => ({
         nbd: server.figures(),
-        backup: this.describe(),
+        backups: [this.describe()],
       }));
       this.#stack.push(() => metrics.close());
       this.#metrics = metrics.where;
@@ -435,7 +526,13 @@ export class BackupSession {
 
   async #prepareStore(disks: readonly Disk[], devices: BlockDevices): Promise<StorePiece[]> {
     const origins = disks.map(({ number, tracker }) => ({ number, sizeBytes: tracker.sizeBytes }));
-    const { store: wanted } = this.#request;
+    const { store: asked } = this.#request;
+    const choice =
+      asked === undefined
+        ? await this.#host.chooseStore(origins, devices)
+        : { request: asked, why: 'it was asked for' };
+    const wanted = choice.request;
+    this.#storeChoice = choice;
     const plans = await planStores(wanted, origins, devices);
     const { store, pieces } = await Store.prepare(plans, wanted.maxBytes);
     this.#store = store;
@@ -461,11 +558,11 @@ export class BackupSession {
         trackers: disks.map(({ tracker }) => tracker.id),
         mounts: mounts.map(({ fd }) => fd),
         stores: pieces,
-        freezeTimeoutMs: this.#request.freezeTimeoutMs,
+        freezeTimeoutMs: this.#request.freezeTimeoutMs ?? this.#host.freezeTimeoutMs,
         lowWatermarkBytes: this.#store?.lowWatermarkBytes ?? 0,
       });
     } catch (error) {
-      throw explainTake(error, disks, fileSystems, this.#request.store.places);
+      throw explainTake(error, disks, fileSystems, this.#places);
     } finally {
       // Held any longer, they would keep people from unmounting.
       await Promise.all(mounts.map((mount) => mount.close()));
@@ -480,13 +577,23 @@ export class BackupSession {
   }
 
   /** Writes the checkpoint out. It is kept when serving begins: without that there was no backup. */
-  async #stageCheckpoint(taken: Taken, earlier: readonly Checkpoint[]): Promise<StagedCheckpoint> {
+  async #stageCheckpoint(
+    taken: Taken,
+    earlier: readonly Checkpoint[],
+  ): Promise<StagedCheckpoint | undefined> {
+    const { kept, checkpointDisks } = this.#request;
+    if (!kept) {
+      return undefined;
+    }
+    const recorded = taken.disks.filter(
+      ({ disk }) => checkpointDisks === undefined || checkpointDisks.includes(disk.name),
+    );
     const staged = await this.#host.checkpoints.stage({
       name: this.#request.checkpoint,
       description: this.#request.description,
       parent: earlier.at(-1)?.name,
       creationTime: Number(taken.snapshot.state().takenNs / 1_000_000_000n),
-      disks: taken.disks.map(({ disk, image }) => ({
+      disks: recorded.map(({ disk, image }) => ({
         name: disk.name,
         sizeBytes: image.sizeBytes,
         generation: image.checkpointGeneration,
@@ -497,7 +604,10 @@ export class BackupSession {
     return staged;
   }
 
-  async #keepCheckpoint(staged: StagedCheckpoint): Promise<void> {
+  async #keepCheckpoint(staged: StagedCheckpoint | undefined): Promise<void> {
+    if (staged === undefined) {
+      return;
+    }
     await staged.commit();
     this.#stack.push(async () => {
       if (!this.#served) {
@@ -562,9 +672,17 @@ export class BackupSession {
       }
     }
     const { name } = disk;
+    const { exportName = name, exportBitmap } = this.#wanted.get(disk.number) ?? {};
     const description = `${disk.path} at checkpoint ${this.#request.checkpoint}`;
     const bandwidth = [...this.#caps.of(name), ...server.bandwidthOf(name)];
-    for (const each of diskExports({ name, description, source, checkpoints, bandwidth })) {
+    const [whole, ...deltas] = diskExports({
+      name: exportName,
+      description,
+      source,
+      checkpoints,
+      bandwidth,
+    });
+    for (const each of [this.#withBitmap(whole, disk, exportBitmap), ...deltas]) {
       server.add(each);
     }
     const { sizeBytes } = image;
@@ -581,18 +699,70 @@ export class BackupSession {
         full,
       },
       served: [
-        { name, disk: name, uris: uris(name), sizeBytes },
+        { name: exportName, disk: name, uris: uris(exportName), sizeBytes },
         ...checkpoints.map((checkpoint) => ({
-          name: `${name}@${checkpoint.name}`,
+          name: `${exportName}@${checkpoint.name}`,
           disk: name,
           checkpoint: checkpoint.name,
-          uris: uris(`${name}@${checkpoint.name}`),
+          uris: uris(`${exportName}@${checkpoint.name}`),
           sizeBytes,
           dirtyBytes: checkpoint.dirty.reduce((sum, { length }) => sum + length, 0),
           generation: image.generation,
           number: checkpoint.number,
         })),
       ],
+    };
+  }
+
+  /** An export whose changes have the name, too, that libvirt's clients ask for. */
+  #withBitmap(whole: Export, { number }: Disk, bitmap: string | undefined): Export {
+    const base = this.#baseOf(number);
+    const changes = whole.contexts.get(`${DIRTY_BITMAP_PREFIX}${base}`);
+    return bitmap === undefined || changes === undefined
+      ? whole
+      : {
+          ...whole,
+          contexts: new Map([...whole.contexts, [`${DIRTY_BITMAP_PREFIX}${bitmap}`, changes]]),
+        };
+  }
+
+  /** libvirt's XML of what is served, if the request was made in it. */
+  #xml(): Pick<BackupDescription, 'xml'> {
+    const { echo, description } = this.#request;
+    const names = this.#taken.map(({ disk }) => disk);
+    const incremental = this.#request.incremental;
+    if (names.length === 0 || (echo.backup === undefined && echo.checkpoint === undefined)) {
+      return {};
+    }
+    const disks = names.map(({ name, number }) => {
+      const base = this.#baseOf(number);
+      const { exportName = name, exportBitmap } = this.#wanted.get(number) ?? {};
+      const bitmap = base === undefined ? undefined : (exportBitmap ?? `backup-${name}`);
+      return {
+        name,
+        backup: true,
+        mode: base === undefined ? ('full' as const) : ('incremental' as const),
+        incremental: base,
+        exportName,
+        exportBitmap: bitmap,
+        scratch: undefined,
+      };
+    });
+    const backup = echo.backup?.({ incremental, disks });
+    const checkpoint = echo.checkpoint?.({
+      name: this.checkpoint,
+      description,
+      disks: names.map(({ name }) => ({
+        name,
+        checkpoint: this.#request.checkpointDisks?.includes(name) !== false,
+      })),
+    });
+    return {
+      xml: {
+        ...(backup === undefined ? {} : { backup }),
+        ...(checkpoint === undefined ? {} : { checkpoint }),
+        warnings: echo.warnings,
+      },
     };
   }
 

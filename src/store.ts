@@ -112,7 +112,7 @@ export async function freeBytesIn(folder: string): Promise<number> {
 }
 
 /** A device that the snapshot is to be of. */
-interface Origin {
+export interface Origin {
   readonly number: DeviceNumber;
   readonly sizeBytes: number;
 }
@@ -405,6 +405,17 @@ export class Store {
       limit += Math.max(0, Math.min(max - now, free - RESERVE_BYTES));
     }
     return limit;
+  }
+
+  /** How much more it can become, as far as that is known now, bytes. */
+  async roomBytes(): Promise<number> {
+    let room = 0;
+    for (const plan of this.#plans.filter(canGrow)) {
+      const free = plan.kind === 'folder' ? await freeBytesIn(plan.path) : await freeMemoryBytes();
+      const max = this.#maxBytes ?? (plan.kind === 'folder' ? Number.MAX_SAFE_INTEGER : 0);
+      room += Math.max(Math.min(max - (this.#sizes.get(plan) ?? 0), free - RESERVE_BYTES), 0);
+    }
+    return room;
   }
 
   /** Gives everything back. The snapshot that used it must be gone. */

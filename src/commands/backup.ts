@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock backup`: take a snapshot, serve it, end it. */
+import { readFile } from 'node:fs/promises';
 import process, { env, pid, stderr } from 'node:process';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { NBD_DEFAULT_PORT } from '../../nbd/constants.ts';
 import { takeInheritedSockets } from '../activation.ts';
 import { type Api, withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
+import type { BeginBody } from '../backup-request.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { parseDiskRequest } from '../disks.ts';
 import { EXIT, explain, StillblockError, usageError } from '../errors.ts';
 import type { DaemonEvent } from '../events.ts';
-import { folders } from '../folders.ts';
 import { DEFAULT_HOST, type ListenOptions, planAddresses } from '../listen.ts';
-import { makeLog } from '../log.ts';
 import { METRICS_HELP, planMetrics } from '../metrics.ts';
 import { nativeConstants } from '../native.ts';
-import { type BeginBody, beginBackup, endBackup, listBackups, reload } from '../operations.ts';
+import { beginBackup, endBackup, listBackups, reload } from '../operations.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { MAX_RATE_HELP } from '../rates.ts';
 import { formatSize } from '../sizes.ts';
@@ -31,14 +31,14 @@ import {
 } from './common.ts';
 
 interface BeginOptions extends CommonOptions, ListenOptions, TlsOptions {
-  readonly checkpoint: string;
+  readonly checkpoint?: string;
   readonly description?: string;
-  readonly store: readonly string[];
+  readonly store?: readonly string[];
   readonly storeSize?: number;
   readonly storeMax?: number;
   readonly disk?: readonly string[];
   readonly incremental?: string;
-  readonly freezeTimeout: number;
+  readonly freezeTimeout?: number;
   readonly maxRate?: readonly string[];
   readonly metrics?: string;
   readonly wait?: boolean;
@@ -66,8 +66,10 @@ function serverOf(options: BeginOptions, solo: boolean): BeginBody['server'] {
   if (!solo && !said && plan.mode === 'off') {
     return undefined;
   }
-  const { mode, verifyPeer } = plan;
-  const { certificates, keys, access } = plan;
+  const { mode, verifyPeer, certificates, keys, access } = plan;
+  if (options.tls === undefined && insecure === undefined && mode === 'off') {
+    return { listen };
+  }
   return {
     listen,
     tls: {
@@ -81,29 +83,69 @@ function serverOf(options: BeginOptions, solo: boolean): BeginBody['server'] {
   };
 }
 
-function toBody(options: BeginOptions, solo: boolean): BeginBody {
-  const server = serverOf(options, solo);
-  const { description, incremental, storeSize: sizeBytes, storeMax: maxBytes } = options;
+/** The store that the options ask for; undefined to have it chosen. */
+function storeOf({ store, storeSize, storeMax }: BeginOptions): BeginBody['store'] {
+  if (store === undefined) {
+    if (storeSize !== undefined || storeMax !== undefined) {
+      throw usageError('--store-size and --store-max are for a --store', 'name that as well');
+    }
+    return undefined;
+  }
   return {
-    checkpoint: requireCheckpointName(options.checkpoint),
-    ...(description === undefined ? {} : { description }),
-    store: {
-      places: options.store.map((place) => (place === 'memory' ? place : absolutePath(place))),
-      ...(sizeBytes === undefined ? {} : { sizeBytes }),
-      ...(maxBytes === undefined ? {} : { maxBytes }),
-    },
-    disks: (options.disk ?? []).map(parseDiskRequest).map(({ name, path }) => ({
-      ...(name === undefined ? {} : { name }),
-      path: pathOrName(path),
-    })),
-    ...(server === undefined ? {} : { server }),
-    ...(options.maxRate === undefined ? {} : { maxRates: options.maxRate }),
-    ...(options.metrics === undefined
-      ? {}
-      : { metrics: absoluteAddress(planMetrics(options.metrics)) }),
-    ...(incremental === undefined ? {} : { incremental: requireCheckpointName(incremental) }),
-    freezeTimeoutMs: options.freezeTimeout * 1000,
+    places: store.map((place) => (place === 'memory' ? place : absolutePath(place))),
+    ...(storeSize === undefined ? {} : { sizeBytes: storeSize }),
+    ...(storeMax === undefined ? {} : { maxBytes: storeMax }),
   };
+}
+
+async function readDocument(path: string): Promise<string> {
+  try {
+    return await readFile(path, 'utf8');
+  } catch (error) {
+    throw explain(error, path);
+  }
+}
+
+/** The parts of a body that are there; JSON has no word for what is not. */
+function defined<T extends object>(parts: { [Key in keyof T]: T[Key] | undefined }): T {
+  return Object.fromEntries(Object.entries(parts).filter(([, value]) => value !== undefined)) as T;
+}
+
+/** Disks that the options name; undefined if they name none. */
+function disksOf(options: BeginOptions): BeginBody['disks'] {
+  return options.disk
+    ?.map(parseDiskRequest)
+    .map(({ name, path }) => defined({ name, path: pathOrName(path) }));
+}
+
+async function toBody(
+  options: BeginOptions,
+  documents: readonly (string | undefined)[],
+  solo: boolean,
+): Promise<BeginBody> {
+  const [backupFile, checkpointFile] = documents;
+  const { checkpoint, description, incremental, maxRate, metrics, freezeTimeout } = options;
+  if (backupFile === undefined && checkpoint === undefined) {
+    throw usageError('--checkpoint is missing', 'name this instant, for later increments');
+  }
+  return defined<BeginBody>({
+    checkpoint: checkpoint === undefined ? undefined : requireCheckpointName(checkpoint),
+    description,
+    store: storeOf(options),
+    disks: disksOf(options),
+    server: serverOf(options, solo && backupFile === undefined),
+    maxRates: maxRate,
+    metrics: metrics === undefined ? undefined : absoluteAddress(planMetrics(metrics)),
+    incremental: incremental === undefined ? undefined : requireCheckpointName(incremental),
+    freezeTimeoutMs: freezeTimeout === undefined ? undefined : freezeTimeout * 1000,
+    backupXml: backupFile === undefined ? undefined : await readDocument(backupFile),
+    checkpointXml: checkpointFile === undefined ? undefined : await readDocument(checkpointFile),
+  });
+}
+
+function formatDuration(seconds: number): string {
+  const minutes = Math.round(seconds / 60);
+  return minutes < 120 ? `${minutes} minutes` : `${Math.round(minutes / 60)} hours`;
 }
 
 /** Prints an exports' table, and what stands beside it. */
@@ -115,7 +157,10 @@ export function printBackup(backup: BackupDescription): void {
   );
   if (store !== undefined) {
     const used = `${formatSize(store.usedBytes)} of ${formatSize(store.capacityBytes)} used`;
-    printLine(`store ${store.place}: ${used}`);
+    const { overflowSeconds } = store;
+    const full =
+      overflowSeconds === null ? '' : `, full in ${formatDuration(overflowSeconds)} at this rate`;
+    printLine(`store ${store.place} (${store.why}): ${used}${full}`);
   }
   if (backup.metrics !== undefined) {
     printLine(`metrics: ${backup.metrics}`);
@@ -150,6 +195,12 @@ function printServing(description: BackupDescription, json: boolean, stays: bool
   if (json) {
     printJson({ event: 'serving', ...description });
     return;
+  }
+  if (description.xml?.backup !== undefined) {
+    printLine(description.xml.backup.trimEnd());
+  }
+  for (const warning of description.xml?.warnings ?? []) {
+    stderr.write(`stillblock: ${warning}\n`);
   }
   printBackup(description);
   const how = `stillblock backup end ${description.checkpoint}`;
@@ -198,13 +249,14 @@ function stopOnSignals(signals: readonly NodeJS.Signals[]): AbortSignal {
 /** What is seen of a backup in the foreground, from before it begins. */
 class Foreground {
   readonly #json: boolean;
-  readonly #checkpoint: string;
   readonly ended: Promise<void>;
+  /** Known once it is served. */
+  #checkpoint: string | undefined;
+  #early: DaemonEvent[] = [];
   #exitCode: number = EXIT.done;
   #settle!: { resolve: () => void; reject: (error: Error) => void };
 
-  constructor(checkpoint: string, json: boolean) {
-    this.#checkpoint = checkpoint;
+  constructor(json: boolean) {
     this.#json = json;
     this.ended = new Promise((resolve, reject) => {
       this.#settle = { resolve, reject };
@@ -227,7 +279,20 @@ class Foreground {
     );
   }
 
+  /** From now on its events are told, and those that came before it was known. */
+  serves(description: BackupDescription): void {
+    this.#checkpoint = description.checkpoint;
+    printServing(description, this.#json, true);
+    for (const event of this.#early.splice(0)) {
+      this.#onEvent(event);
+    }
+  }
+
   #onEvent(event: DaemonEvent): void {
+    if (this.#checkpoint === undefined) {
+      this.#early.push(event);
+      return;
+    }
     if (!('checkpoint' in event) || event.checkpoint !== this.#checkpoint) {
       return;
     }
@@ -257,10 +322,13 @@ async function beginAndStay(api: Api, body: BeginBody, json: boolean): Promise<v
       );
     });
   }
-  const foreground = new Foreground(body.checkpoint, json);
+  const foreground = new Foreground(json);
   await foreground.watch(api);
+  let name: string;
   try {
-    printServing(await api.call(beginBackup, { body }, stop), json, true);
+    const description = await api.call(beginBackup, { body }, stop);
+    foreground.serves(description);
+    name = description.checkpoint;
   } catch (error) {
     if (!stop.aborted) {
       throw error;
@@ -269,7 +337,7 @@ async function beginAndStay(api: Api, body: BeginBody, json: boolean): Promise<v
   }
   const end = (): void => {
     // Its end is seen among the events; that it has ended by itself is no error.
-    api.call(endBackup, { params: { name: body.checkpoint } }).catch(() => {});
+    api.call(endBackup, { params: { name } }).catch(() => {});
   };
   if (stop.aborted) {
     end();
@@ -279,11 +347,14 @@ async function beginAndStay(api: Api, body: BeginBody, json: boolean): Promise<v
   process.exitCode = foreground.exitCode;
 }
 
-async function begin(options: BeginOptions): Promise<void> {
+async function begin(
+  backupFile: string | undefined,
+  checkpointFile: string | undefined,
+  options: BeginOptions,
+): Promise<void> {
   const json = options.json === true;
-  requireCheckpointName(options.checkpoint);
-  await withApi(folders(), makeLog(options.verbose ?? 0), async (api) => {
-    const body = toBody(options, api.solo);
+  const stayed = await withApi(options, async (api) => {
+    const body = await toBody(options, [backupFile, checkpointFile], api.solo);
     const stays = api.solo || options.wait === true;
     if (stays) {
       await api.open();
@@ -292,11 +363,10 @@ async function begin(options: BeginOptions): Promise<void> {
       printServing(await api.call(beginBackup, { body }), json, false);
     }
     return stays;
-  }).then((stayed) => {
-    if (json && stayed) {
-      printJson({ event: 'ended' });
-    }
   });
+  if (json && stayed) {
+    printJson({ event: 'ended' });
+  }
 }
 
 /** The backup that is meant: the one of that checkpoint, or the only one. */
@@ -321,7 +391,7 @@ async function chooseBackup(api: Api, checkpoint: string | undefined): Promise<s
 }
 
 async function end(checkpoint: string | undefined, options: CommonOptions): Promise<void> {
-  const ended = await withApi(folders(), makeLog(options.verbose ?? 0), async (api) =>
+  const ended = await withApi(options, async (api) =>
     api.call(endBackup, { params: { name: await chooseBackup(api, checkpoint) } }),
   );
   if (options.json === true) {
@@ -343,12 +413,10 @@ function secondsOption(text: string): number {
 
 function beginCommand(): Command {
   const command = newCommand('begin', 'take a snapshot and serve it until it is ended')
-    .requiredOption('--checkpoint <NAME>', 'name of this instant, for later increments')
-    .requiredOption(
-      '--store <PLACE>',
-      'where old data goes: a folder, a file, a block device or "memory", repeatable',
-      collect,
-    )
+    .argument('[BACKUP.XML]', "libvirt's <domainbackup>, for disks, server and store")
+    .argument('[CHECKPOINT.XML]', "libvirt's <domaincheckpoint>")
+    .option('--checkpoint <NAME>', 'name of this instant, for later increments')
+    .option('--store <PLACE>', 'for old data: folder, file, block device, "memory"', collect)
     .option('--store-size <SIZE>', 'of each, to begin with (default: a share)', sizeOption)
     .option('--store-max <SIZE>', "of each, to grow to (default: a folder's room)", sizeOption)
     .option('--disk <[NAME=]DEV>', 'tracked device, by path or name, repeatable (all)', collect)
@@ -361,17 +429,16 @@ function beginCommand(): Command {
     .option('--metrics <ADDRESS>', METRICS_HELP)
     .option('--wait', 'stay until it has ended')
     .addOption(
-      new Option('--freeze-timeout <SECONDS>', 'longest time to freeze file systems')
-        .argParser(secondsOption)
-        .default(10),
+      new Option('--freeze-timeout <SECONDS>', 'longest time to freeze file systems').argParser(
+        secondsOption,
+      ),
     );
   return addTlsOptions(command)
     .addHelpText(
       'after',
       `
-Without a daemon (stillblock serve) this command serves it, until it is ended. A store
-on one of the disks is allocated before the snapshot and does not grow. A block device
-is overwritten.
+Without a daemon (stillblock serve) this command serves it, until it is ended. Without
+--store one is chosen. On a disk of the snapshot it does not grow; a device is overwritten.
 
 ${TLS_HELP}
 
@@ -379,9 +446,7 @@ Exit code: 0 ended, 1 failed, 2 usage, 3 a full backup is required, 4 store full
 
 Examples:
   stillblock backup begin --checkpoint monday --store /mnt/spare
-  stillblock backup begin --checkpoint tuesday --store memory --store-size 2G \\
-    --disk sda=/dev/sda --incremental monday
-  qemu-img convert -O qcow2 nbd://127.0.0.1/sda monday.qcow2`,
+  stillblock backup begin --checkpoint tuesday --disk sda=/dev/sda --incremental monday`,
     )
     .action(begin);
 }

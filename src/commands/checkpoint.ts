@@ -1,21 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock checkpoint`: the named instants that increments can start from. */
 import { Command } from 'commander';
-import { type Api, withApi } from '../api-client.ts';
+import { withApi } from '../api-client.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
-import { folders } from '../folders.ts';
-import { makeLog } from '../log.ts';
 import { deleteCheckpoint, getCheckpoint, listCheckpoints } from '../operations.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
 import { type CommonOptions, example, newCommand } from './common.ts';
 
-function use<T>(options: CommonOptions, work: (api: Api) => Promise<T>): Promise<T> {
-  return withApi(folders(), makeLog(options.verbose ?? 0), work);
-}
-
 async function list(options: CommonOptions): Promise<void> {
-  const { checkpoints, broken } = await use(options, (api) => api.call(listCheckpoints, {}));
+  const { checkpoints, broken } = await withApi(options, (api) => api.call(listCheckpoints, {}));
   if (options.json === true) {
     printJson({ checkpoints, broken });
     return;
@@ -37,7 +31,7 @@ async function list(options: CommonOptions): Promise<void> {
 
 async function show(name: string, options: CommonOptions): Promise<void> {
   const params = { name: requireCheckpointName(name) };
-  const checkpoint = await use(options, (api) => api.call(getCheckpoint, { params }));
+  const checkpoint = await withApi(options, (api) => api.call(getCheckpoint, { params }));
   if (options.json === true) {
     printJson(checkpoint);
     return;
@@ -62,7 +56,7 @@ async function show(name: string, options: CommonOptions): Promise<void> {
 
 async function remove(name: string, options: CommonOptions): Promise<void> {
   const params = { name: requireCheckpointName(name) };
-  const deleted = await use(options, (api) => api.call(deleteCheckpoint, { params }));
+  const deleted = await withApi(options, (api) => api.call(deleteCheckpoint, { params }));
   if (options.json === true) {
     printJson(deleted);
   } else {

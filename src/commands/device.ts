@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock device`: which devices are tracked. */
 import { Command } from 'commander';
-import { type Api, withApi } from '../api-client.ts';
+import { withApi } from '../api-client.ts';
 import type { DeviceReport } from '../devices.ts';
-import { folders } from '../folders.ts';
-import { makeLog } from '../log.ts';
 import { attachDevices, detachDevices, listDevices, markDevice } from '../operations.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
@@ -27,15 +25,11 @@ function stateOf({ gone, resized, inSnapshot }: DeviceReport): string {
   return inSnapshot ? 'in a snapshot' : 'tracked';
 }
 
-function use<T>(options: CommonOptions, work: (api: Api) => Promise<T>): Promise<T> {
-  return withApi(folders(), makeLog(options.verbose ?? 0), work);
-}
-
 async function attach(
   paths: readonly string[],
   options: CommonOptions & { readonly blockSize?: number },
 ): Promise<void> {
-  const { devices } = await use(options, (api) =>
+  const { devices } = await withApi(options, (api) =>
     api.call(attachDevices, {
       body: { devices: paths.map(absolutePath), blockSizeBytes: options.blockSize ?? 0 },
     }),
@@ -52,7 +46,7 @@ async function attach(
 }
 
 async function detach(wanted: readonly string[], options: CommonOptions): Promise<void> {
-  const { devices } = await use(options, (api) =>
+  const { devices } = await withApi(options, (api) =>
     api.call(detachDevices, { body: { devices: wanted.map(pathOrName) } }),
   );
   if (options.json === true) {
@@ -69,7 +63,7 @@ async function mark(
   options: CommonOptions & { readonly offset?: number; readonly length?: number },
 ): Promise<void> {
   const { offset, length } = options;
-  const marked = await use(options, (api) =>
+  const marked = await withApi(options, (api) =>
     api.call(markDevice, {
       params: { name: pathOrName(wanted) },
       body: {
@@ -86,7 +80,7 @@ async function mark(
 }
 
 async function list(options: CommonOptions): Promise<void> {
-  const { devices } = await use(options, (api) => api.call(listDevices, {}));
+  const { devices } = await withApi(options, (api) => api.call(listDevices, {}));
   if (options.json === true) {
     printJson({ devices });
     return;

@@ -2,32 +2,14 @@
 /** `stillblock doctor`: what works on this machine, and what to do about what does not. */
 import process from 'node:process';
 import type { Command } from 'commander';
-import {
-  CONFIGURATION_FILE,
-  type Configuration,
-  defaultConfiguration,
-  readConfiguration,
-} from '../configuration.ts';
+import { CONFIGURATION_FILE, configurationInForce } from '../configuration.ts';
 import { examine, type Finding } from '../doctor.ts';
-import { EXIT, StillblockError } from '../errors.ts';
+import { EXIT } from '../errors.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { type CommonOptions, example, newCommand } from './common.ts';
 
 interface DoctorOptions extends CommonOptions {
   readonly config?: string;
-}
-
-/** A file that nobody named need not be there. */
-async function configurationOf(path: string | undefined): Promise<Configuration> {
-  try {
-    return await readConfiguration(path ?? CONFIGURATION_FILE);
-  } catch (error) {
-    const missing = error instanceof StillblockError && error.code === 'NO_CONFIGURATION';
-    if (path === undefined && missing) {
-      return defaultConfiguration();
-    }
-    throw error;
-  }
 }
 
 function print(findings: readonly Finding[]): void {
@@ -44,7 +26,7 @@ function print(findings: readonly Finding[]): void {
 }
 
 async function doctor(options: DoctorOptions): Promise<void> {
-  const findings = await examine(await configurationOf(options.config));
+  const findings = await examine(await configurationInForce(options.config));
   if (options.json === true) {
     printJson({ findings });
   } else {

@@ -4,14 +4,8 @@ import process, { env, pid } from 'node:process';
 import type { Command } from 'commander';
 import { takeInheritedSockets } from '../activation.ts';
 import { runningBackup } from '../api-client.ts';
-import {
-  CONFIGURATION_FILE,
-  type Configuration,
-  defaultConfiguration,
-  readConfiguration,
-} from '../configuration.ts';
+import { CONFIGURATION_FILE, configurationInForce } from '../configuration.ts';
 import { Daemon } from '../daemon.ts';
-import { StillblockError } from '../errors.ts';
 import { makeLog } from '../log.ts';
 import { ReleaseStack } from '../release-stack.ts';
 import { ServiceManager } from '../service.ts';
@@ -19,19 +13,6 @@ import { type CommonOptions, newCommand } from './common.ts';
 
 interface ServeOptions extends CommonOptions {
   readonly config?: string;
-}
-
-/** Without a file at the usual place the defaults are in force; one that was named must be there. */
-async function configurationOf(options: ServeOptions): Promise<Configuration> {
-  try {
-    return await readConfiguration(options.config ?? CONFIGURATION_FILE);
-  } catch (error) {
-    const absent = error instanceof StillblockError && error.code === 'NO_CONFIGURATION';
-    if (absent && options.config === undefined) {
-      return defaultConfiguration();
-    }
-    throw error;
-  }
 }
 
 /** Settles with the first signal that asks to end; a second one ends the process. */
@@ -44,7 +25,7 @@ function endingSignal(): Promise<string> {
 }
 
 async function run(options: ServeOptions): Promise<void> {
-  const configuration = await configurationOf(options);
+  const configuration = await configurationInForce(options.config);
   const log = makeLog(options.verbose ?? 0);
   log.level = options.verbose === undefined ? configuration.logLevel : log.level;
   const { folders } = configuration;
@@ -52,13 +33,13 @@ async function run(options: ServeOptions): Promise<void> {
   const manager = new ServiceManager(log);
   const stack = new ReleaseStack();
   try {
-    const daemon = new Daemon(folders, log, false, () => configurationOf(options));
+    const daemon = new Daemon(folders, log, false, () => configurationInForce(options.config));
     stack.push(() => daemon.close());
-    await daemon.lock(() => runningBackup(folders));
+    await daemon.lock(() => runningBackup(configuration));
     await daemon.configure(configuration);
     // Other commands start faster without it.
     const { serveOnSocket } = await import('../api-server.ts');
-    const server = await serveOnSocket(daemon, folders, log, control?.descriptor);
+    const server = await serveOnSocket(daemon, configuration.api.socket, log, control?.descriptor);
     stack.push(() => server.close());
     stack.push(() => daemon.endBackups());
     const end = endingSignal();

@@ -3,8 +3,6 @@
 import type { Command } from 'commander';
 import { withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
-import { folders } from '../folders.ts';
-import { makeLog } from '../log.ts';
 import { getStatus } from '../operations.ts';
 import { printJson, printLine } from '../output.ts';
 import { printBackup } from './backup.ts';
@@ -19,9 +17,7 @@ function printState(backup: BackupDescription): void {
 }
 
 async function status(options: CommonOptions): Promise<void> {
-  const found = await withApi(folders(), makeLog(options.verbose ?? 0), (api) =>
-    api.call(getStatus, {}),
-  );
+  const found = await withApi(options, (api) => api.call(getStatus, {}));
   if (options.json === true) {
     printJson(found);
     return;
