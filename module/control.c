@@ -83,6 +83,7 @@ static long control_info(void __user *to)
 
 static long control_attach(void __user *arg)
 {
+	struct stillblock_detach undo = {};
 	struct stillblock_attach args;
 	long ret;
 
@@ -92,8 +93,15 @@ static long control_attach(void __user *arg)
 	args.tracker = 0;
 	stb_control_lock();
 	ret = stb_tracker_attach(&args);
+	if (copy_to_user(arg, &args, sizeof(args))) {
+		/* Nobody will ever know its id. */
+		undo.tracker = args.tracker;
+		if (!ret)
+			stb_tracker_detach(&undo);
+		ret = -EFAULT;
+	}
 	stb_control_unlock();
-	return copy_to_user(arg, &args, sizeof(args)) ? -EFAULT : ret;
+	return ret;
 }
 
 static long control_detach(void __user *arg)

@@ -330,10 +330,12 @@ static int hook_register(u32 *reason)
 		ret = register_ftrace_function(&hook_ops);
 	if (ret) {
 		*reason = ret == -EBUSY ? STILLBLOCK_REASON_HOOK_BUSY :
-					  STILLBLOCK_REASON_HOOK_UNAVAILABLE;
+			  ret == -ENOMEM ? STILLBLOCK_REASON_NO_MEMORY :
+					   STILLBLOCK_REASON_HOOK_UNAVAILABLE;
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
 		       ret == -EBUSY ?
 		       "another filter driver or a live patch holds it; unload that first" :
+		       ret == -ENOMEM ? "no memory" :
 		       "this kernel lacks function tracing, or kernel.ftrace_enabled is 0");
 		hook_free_filter();
 	}

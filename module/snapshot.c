@@ -631,6 +631,9 @@ static long snapshot_ioc_add_store(struct stb_snapshot *s, void __user *arg)
 	if (args.flags)
 		return -EINVAL;
 	args.reason = STILLBLOCK_REASON_NONE;
+	/* All that there is to say of a success, said while it can be refused. */
+	if (copy_to_user(arg, &args, sizeof(args)))
+		return -EFAULT;
 	stb_control_lock();
 	if (stb_snapshot_held(s)) {
 		ret = stb_store_add(&s->store, &args.store,
@@ -640,7 +643,7 @@ static long snapshot_ioc_add_store(struct stb_snapshot *s, void __user *arg)
 		ret = -EIO;
 	}
 	stb_control_unlock();
-	if (copy_to_user(arg, &args, sizeof(args)))
+	if (ret && copy_to_user(arg, &args, sizeof(args)))
 		return -EFAULT;
 	return ret;
 }
@@ -747,6 +750,7 @@ int stb_snapshot_take(struct stillblock_take *args, struct file **file)
 	f = anon_inode_getfile("[stillblock]", &snapshot_fops, NULL, O_RDONLY);
 	ret = PTR_ERR_OR_ZERO(f);
 	if (ret) {
+		args->reason = STILLBLOCK_REASON_NO_MEMORY;
 		stb_freeze_end(freeze);
 		goto destroy;
 	}

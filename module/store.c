@@ -240,7 +240,9 @@ static int store_add_file(struct stb_store *store,
 	ret = store_read_extents(spec, bdev, rules, data, pieces, &nr);
 	if (ret) {
 		if (ret != -ENOMEM)
-			*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
+			*reason = ret == -EFAULT ?
+				  STILLBLOCK_REASON_NONE :
+				  STILLBLOCK_REASON_STORE_UNSUITABLE;
 	} else if (!nr) {
 		*reason = STILLBLOCK_REASON_STORE_TOO_SMALL;
 		ret = -ENOSPC;
@@ -275,7 +277,9 @@ static int store_add_device(struct stb_store *store,
 	if (ret) {
 		hold->dev.bdev = NULL;
 		if (ret != -EBUSY)
-			*reason = STILLBLOCK_REASON_STORE_UNSUITABLE;
+			*reason = ret == -ENOMEM ?
+				  STILLBLOCK_REASON_NO_MEMORY :
+				  STILLBLOCK_REASON_STORE_UNSUITABLE;
 		return ret;
 	}
 	bdev = hold->dev.bdev;

@@ -484,7 +484,8 @@ static int tracker_open(struct stb_tracker *t, dev_t dev, u32 *reason)
 
 	ret = stb_bdev_open(dev, STB_OPEN_READ, NULL, &t->dev);
 	if (ret) {
-		*reason = STILLBLOCK_REASON_GONE;
+		*reason = ret == -ENOMEM ? STILLBLOCK_REASON_NO_MEMORY :
+					   STILLBLOCK_REASON_GONE;
 		return ret;
 	}
 	t->disk = t->dev.bdev->bd_disk;
