@@ -236,6 +236,8 @@ test.serial('several stores are one', async (t) => {
 
 test.serial('a store grows while it is held', async (t) => {
   await guest.run('fallocate -l 48M /srv/other/more; sync');
+  // What it writes would not wait for the answer to the watermark.
+  const [completed] = await oracle.require('stop raw');
   const held = await hold(
     'growing',
     'raw',
@@ -243,6 +245,12 @@ test.serial('a store grows while it is held', async (t) => {
     `memory:${4 * MiB}`,
     `low=${2 * MiB}`,
   );
+  // Past the watermark, then past the end, where the writer does not write.
+  const overwrite = (block: number) =>
+    guest.run(
+      `dd if=/dev/zero of=${raw} bs=64k seek=${(writtenBytes >> 16) + block} count=52 oflag=direct conv=notrunc status=none`,
+    );
+  await overwrite(0);
   if (held.backup === undefined) {
     const [type] = await module.require(`event growing ${askLimitMs}`, 2 * askLimitMs);
     t.is(type, '1', 'it has failed before it called for more');
@@ -250,8 +258,10 @@ test.serial('a store grows while it is held', async (t) => {
   } else {
     await held.backup.told('store-grown');
   }
-  await oracle.require('reach raw 150');
+  await overwrite(52);
+  await oracle.require(`check raw ${held.image} ${completed} ${completed}`);
   await release(t, held);
+  await oracle.require('start raw');
 });
 
 test.serial(

@@ -98,10 +98,10 @@ test.serial('mounted file systems of three kinds are consistent, at one instant'
   const kinds = Object.keys(checkers) as (keyof typeof checkers)[];
   const writers: GuestCommand[] = kinds.map((kind) =>
     guest.start(
-      `i=0; while :; do i=$((i + 1)); dd if=/dev/urandom of=/srv/${kind}/new.$((i % 16)) bs=64k count=8 conv=fsync status=none; mv /srv/${kind}/new.$((i % 16)) /srv/${kind}/kept.$((i % 32)); done`,
+      `i=0; while :; do i=$((i + 1)); dd if=/dev/urandom of=/srv/${kind}/new.$((i % 16)) bs=64k count=8 conv=fsync status=none; mv /srv/${kind}/new.$((i % 16)) /srv/${kind}/kept.$((i % 32)); echo $i; done`,
     ),
   );
-  for (const kind of kinds) await guest.run(`until [ -e /srv/${kind}/kept.3 ]; do :; done`);
+  for (const writer of writers) await writer.waitForOutput(/^3$/m, checkLimitMs);
   for (const kind of kinds) await attach(node(kind));
   const before = await Promise.all(kinds.map((kind) => guest.run(`sha256sum </srv/${kind}/old`)));
   const images = await module.require(
@@ -117,6 +117,16 @@ test.serial('mounted file systems of three kinds are consistent, at one instant'
       .join('\n'),
     { timeoutMs: checkLimitMs },
   );
+  for (const writer of writers) {
+    const done = writer.stdout.split('\n').length;
+    await writer.waitForOutput(new RegExp(`^${done + 8}$`, 'm'), checkLimitMs);
+  }
+  // They would slow the checks down.
+  for (const writer of writers) {
+    t.is(writer.code, undefined, 'a writer has ended');
+    writer.kill(9);
+    await writer.wait(askLimitMs);
+  }
   for (const [index, kind] of kinds.entries()) {
     const { code, stdout, stderr } = await guest.run(
       `set -e; mkdir -p /run/image; ${checkers[kind](`/dev/${images[index]}`)}`,
@@ -131,11 +141,6 @@ test.serial('mounted file systems of three kinds are consistent, at one instant'
   }
   t.is((await module.require('state mounted'))[0], 'held');
   await module.require('close mounted');
-  for (const writer of writers) {
-    t.is(writer.code, undefined, 'a writer has ended');
-    writer.kill(9);
-    await writer.wait(askLimitMs);
-  }
   await module.require('detach all');
   ids.clear();
   await guest.run(
