@@ -4,6 +4,7 @@
  * in this process.
  */
 import { type ClientRequest, type IncomingMessage, request } from 'node:http';
+import { request as secureRequest } from 'node:https';
 import type { Logger } from 'pino';
 import { errorIn } from './api-errors.ts';
 import type { CommonOptions } from './commands/common.ts';
@@ -17,8 +18,24 @@ import { EVENTS_PATH, type Input, listBackups, type Operation } from './operatio
 /** An answer is a few kilobytes for each of 64 disks, or a map of what changed. */
 const MAX_ANSWER_BYTES = 256 * 1024 * 1024;
 
-/** Nobody answers on the socket. */
-class NoDaemon extends Error {}
+/** Where a daemon is. */
+export type DaemonAddress =
+  | { readonly socketPath: string }
+  | {
+      readonly host: string;
+      readonly port: number;
+      /** Who we are, and by whom daemons are known; see `readClientCertificates`. */
+      readonly tls: { readonly ca: Buffer; readonly cert: Buffer; readonly key: Buffer };
+    };
+
+/** Nobody answers there. */
+class NoDaemon extends StillblockError {
+  constructor(where: string, cause: Error) {
+    super('NO_DAEMON', `no daemon answers at ${where}`, 'start it: systemctl start stillblock', {
+      cause,
+    });
+  }
+}
 
 /** The control API, wherever the daemon is. */
 export interface Api {
@@ -77,11 +94,16 @@ function readAll(incoming: IncomingMessage): Promise<string> {
 /** The API of a daemon that runs for itself. */
 class RemoteApi implements Api {
   readonly solo = false;
-  readonly #path: string;
+  readonly #address: DaemonAddress;
   readonly #streams: ClientRequest[] = [];
 
-  constructor(path: string) {
-    this.#path = path;
+  constructor(address: DaemonAddress) {
+    this.#address = address;
+  }
+
+  get #where(): string {
+    const address = this.#address;
+    return 'socketPath' in address ? address.socketPath : `${address.host} port ${address.port}`;
   }
 
   #send(
@@ -91,9 +113,14 @@ class RemoteApi implements Api {
     signal?: AbortSignal,
   ): Promise<{ incoming: IncomingMessage; outgoing: ClientRequest }> {
     return new Promise((resolve, reject) => {
-      const outgoing = request(
+      const address = this.#address;
+      const [start, where] =
+        'socketPath' in address
+          ? [request, address]
+          : [secureRequest, { host: address.host, port: address.port, ...address.tls }];
+      const outgoing = start(
         {
-          socketPath: this.#path,
+          ...where,
           method,
           path,
           agent: false,
@@ -103,7 +130,7 @@ class RemoteApi implements Api {
         (incoming) => resolve({ incoming, outgoing }),
       );
       outgoing.on('error', (error) => {
-        reject(isNobodyThere(error) ? new NoDaemon(this.#path, { cause: error }) : error);
+        reject(isNobodyThere(error) ? new NoDaemon(this.#where, error) : error);
       });
       outgoing.end(body === undefined ? undefined : JSON.stringify(body));
     });
@@ -123,10 +150,7 @@ class RemoteApi implements Api {
         return answer as Out;
       }
     } catch (error) {
-      if (error instanceof NoDaemon) {
-        throw error;
-      }
-      throw this.#lost(error);
+      throw error instanceof NoDaemon ? error : this.#lost(error);
     }
     throw errorIn(answer) ?? this.#lost(new Error('the answer is not of this API'));
   }
@@ -134,7 +158,7 @@ class RemoteApi implements Api {
   #lost(error: unknown): StillblockError {
     const code = error instanceof Error && 'code' in error ? error.code : undefined;
     if (code === 'EACCES' || code === 'EPERM') {
-      return explain(error, this.#path);
+      return explain(error, this.#where);
     }
     if (code === 'ABORT_ERR') {
       return new StillblockError('CANCELLED', 'the request was given up', 'try again');
@@ -225,17 +249,22 @@ class SoloApi implements Api {
 /** The checkpoint of a backup that another process holds, if it can be asked. */
 export async function runningBackup({ api }: Configuration): Promise<string | undefined> {
   try {
-    const { backups } = await new RemoteApi(api.socket).call(listBackups, {});
+    const { backups } = await new RemoteApi({ socketPath: api.socket }).call(listBackups, {});
     return backups[0]?.checkpoint;
   } catch {
     return undefined;
   }
 }
 
+/** The API of a daemon that is somewhere else. Whoever got it closes it. */
+export function remoteApi(address: DaemonAddress): Api {
+  return new RemoteApi(address);
+}
+
 /** Finds the daemon, or makes one for this command. Whoever got the API closes it. */
 export async function openApi(log: Logger): Promise<Api> {
   const configuration = await configurationInForce();
-  const remote = new RemoteApi(configuration.api.socket);
+  const remote = new RemoteApi({ socketPath: configuration.api.socket });
   try {
     await remote.call(listBackups, {});
     return remote;

@@ -2,22 +2,31 @@
 /** The control API as HTTP, on a unix socket that is root's alone. */
 import { rm } from 'node:fs/promises';
 import { createServer, type Server, type ServerResponse } from 'node:http';
+import { createServer as createSecureServer, type Server as SecureServer } from 'node:https';
 import { dirname } from 'node:path';
 import { umask } from 'node:process';
 import { type FastifyError, type FastifyInstance, type FastifyReply, fastify } from 'fastify';
 import type { Logger } from 'pino';
 import { answerOf, statusOf } from './api-errors.ts';
+import type { ApiListen } from './configuration.ts';
 import type { Daemon } from './daemon.ts';
 import { explain, StillblockError, usageError } from './errors.ts';
 import type { DaemonEvent } from './events.ts';
 import { makeFolder } from './folders.ts';
+import { explainListen } from './listen.ts';
 import { openApiDocument } from './openapi.ts';
 import { EVENTS_PATH, type Input, OPENAPI_PATH, OPERATIONS, type Operation } from './operations.ts';
+import { readCertificates } from './tls.ts';
 
 /** A request names at most 256 things by paths of at most 4096 characters. */
 const BODY_BYTES = 1024 * 1024;
 /** A request is a line and a few headers. */
 const HEADER_BYTES = 16 * 1024;
+const HTTP_OPTIONS = {
+  maxHeaderSize: HEADER_BYTES,
+  headersTimeout: 10_000,
+  requestTimeout: 30_000,
+} as const;
 /** A person or two with a terminal, a monitor, and a backup product. */
 const MAX_STREAMS = 32;
 /** What a listener may be behind, bytes: some thousands of events. */
@@ -132,17 +141,15 @@ function addEvents(app: FastifyInstance, daemon: Daemon, streams: Set<ServerResp
 export function buildApi(
   daemon: Daemon,
   log: Logger,
-  makeServer: () => Server = () =>
-    createServer({ maxHeaderSize: HEADER_BYTES, headersTimeout: 10_000, requestTimeout: 30_000 }),
+  makeServer: () => Server | SecureServer = () => createServer(HTTP_OPTIONS),
 ): { readonly app: FastifyInstance; readonly streams: ReadonlySet<ServerResponse> } {
-  let server: Server | undefined;
   const app = fastify({
     bodyLimit: BODY_BYTES,
     logger: false,
     forceCloseConnections: 'idle',
     ajv: { customOptions: { removeAdditional: false, coerceTypes: false } },
     serverFactory: (handler) => {
-      server = makeServer();
+      const server = makeServer() as Server;
       server.on('request', handler);
       return server;
     },
@@ -172,8 +179,91 @@ export function buildApi(
 
 /** A server of the API that listens. */
 export interface ApiServer {
+  /**
+   * Reads its certificates anew.
+   *
+   * @throws StillblockError that names the file; those of before stay then
+   */
+  reload(): Promise<void>;
   /** Sends the answers that are due, ends the streams, and stops to listen. */
   close(): Promise<void>;
+}
+
+/** What both kinds of server do at their end. */
+async function closeApi(
+  app: FastifyInstance,
+  server: Server | SecureServer,
+  streams: ReadonlySet<ServerResponse>,
+): Promise<void> {
+  for (const response of streams) {
+    response.end();
+  }
+  const closed = new Promise<void>((resolve) => server.close(() => resolve()));
+  server.closeIdleConnections();
+  await closed;
+  await app.close();
+}
+
+interface TlsOptions {
+  readonly cert: Buffer;
+  readonly key: Buffer;
+  readonly ca: Buffer | undefined;
+  readonly crl: Buffer | undefined;
+}
+
+async function tlsOptions(folder: string): Promise<TlsOptions> {
+  const { certificate, key, authorities, revoked } = await readCertificates(folder, true);
+  return { cert: certificate, key, ca: authorities, crl: revoked };
+}
+
+/**
+ * Serves the API by TCP and TLS, to clients with a certificate of the folder's authority.
+ *
+ * @throws StillblockError if a certificate is wrong, or it cannot listen
+ */
+export async function serveOnTls(
+  daemon: Daemon,
+  { host, port, certificates }: ApiListen,
+  log: Logger,
+): Promise<ApiServer & { readonly port: number }> {
+  const options = {
+    ...HTTP_OPTIONS,
+    ...(await tlsOptions(certificates)),
+    requestCert: true,
+    rejectUnauthorized: true,
+    minVersion: 'TLSv1.2' as const,
+  };
+  let server: SecureServer;
+  try {
+    server = createSecureServer(options);
+  } catch (error) {
+    throw explain(error, certificates);
+  }
+  const { app, streams } = buildApi(daemon, log, () => server);
+  server.on('tlsClientError', (err) => log.warn({ err }, 'a client of the API is not let in'));
+  await app.ready();
+  try {
+    await new Promise<void>((resolve, reject) => {
+      server.once('error', reject);
+      server.listen({ host, port, exclusive: true }, resolve);
+    });
+  } catch (error) {
+    await app.close();
+    throw explainListen({ host, port }, error);
+  }
+  const bound = server.address();
+  return {
+    port: typeof bound === 'object' && bound !== null ? bound.port : port,
+    reload: async () => {
+      const fresh = await tlsOptions(certificates);
+      try {
+        server.setSecureContext({ ...options, ...fresh });
+      } catch (error) {
+        throw explain(error, certificates);
+      }
+    },
+    close: () => closeApi(app, server, streams),
+  };
 }
 
 function listen(server: Server, where: { path: string } | { fd: number }): Promise<void> {
@@ -212,14 +302,9 @@ export async function serveOnSocket(
     throw explain(error, path);
   }
   return {
+    reload: async () => {},
     close: async () => {
-      for (const response of streams) {
-        response.end();
-      }
-      const closed = new Promise<void>((resolve) => app.server.close(() => resolve()));
-      app.server.closeIdleConnections();
-      await closed;
-      await app.close();
+      await closeApi(app, app.server, streams);
       await removeFolder();
     },
   };

@@ -107,6 +107,7 @@ export class Daemon implements BackupHost {
   #control: ControlDevice | undefined;
   /** The server for backups that ask for none of their own. */
   #shared: { readonly server: SharedServer; readonly settings: string } | undefined;
+  readonly #reloads: (() => Promise<void>)[] = [];
   /** All NBD servers. */
   readonly #servers = new Set<SharedServer>();
   /** Of a daemon that serves one command. */
@@ -550,6 +551,11 @@ export class Daemon implements BackupHost {
     };
   }
 
+  /** Has something else reloaded, too; what it throws fails the reload. */
+  onReload(follow: () => Promise<void>): void {
+    this.#reloads.push(follow);
+  }
+
   /**
    * Reads the configuration, and the certificates, keys and rules of all servers anew.
    *
@@ -560,6 +566,9 @@ export class Daemon implements BackupHost {
       const settings = await this.#readSettings?.();
       for (const server of this.#servers) {
         await server.reload();
+      }
+      for (const follow of this.#reloads) {
+        await follow();
       }
       if (settings !== undefined) {
         await this.configure(settings);

@@ -9,6 +9,7 @@ import { completionCommand } from './commands/completion.ts';
 import { deviceCommand } from './commands/device.ts';
 import { doctorCommand } from './commands/doctor.ts';
 import { layoutCommand } from './commands/layout.ts';
+import { mapCommand } from './commands/map.ts';
 import { nbdCommand } from './commands/nbd.ts';
 import { p2vCommand } from './commands/p2v.ts';
 import { pullCommand } from './commands/pull.ts';
@@ -42,6 +43,7 @@ export function makeProgram(onCommand: (command: Command) => void = () => {}): C
     .addCommand(backupCommand())
     .addCommand(statusCommand())
     .addCommand(checkpointCommand())
+    .addCommand(mapCommand())
     .addCommand(nbdCommand())
     .addCommand(pullCommand())
     .addCommand(chainCommand())

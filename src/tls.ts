@@ -15,6 +15,9 @@ import { AccessRulesError, parseAccessRules } from './access-rules.ts';
 import { StillblockError, usageError } from './errors.ts';
 import { errorLine, printJson } from './output.ts';
 
+/** Names of nbdkit, libvirt and QEMU in a client's folder of certificates. */
+const CLIENT_CERTIFICATE_FILE = 'client-cert.pem';
+const CLIENT_KEY_FILE = 'client-key.pem';
 /** The names of nbdkit, libvirt and QEMU in a folder of certificates. */
 const CA_FILE = 'ca-cert.pem';
 const CRL_FILE = 'ca-crl.pem';
@@ -161,7 +164,12 @@ export function parseKeys(text: string, path: string): Map<string, Buffer> {
   return keys;
 }
 
-async function readCertificates(
+/**
+ * Reads a folder of certificates.
+ *
+ * @param asksClients whether the authority, of whom clients have theirs, must be there
+ */
+export async function readCertificates(
   folder: string,
   asksClients: boolean,
 ): Promise<NonNullable<TlsCredentials['certificates']>> {
@@ -172,6 +180,17 @@ async function readCertificates(
     key: await requireBytes(join(folder, KEY_FILE)),
     ...(asksClients && authorities !== undefined && { authorities }),
     ...(asksClients && revoked !== undefined && { revoked }),
+  };
+}
+
+/** Reads a client's folder of certificates: who it is, and by whom servers are known. */
+export async function readClientCertificates(
+  folder: string,
+): Promise<{ readonly ca: Buffer; readonly cert: Buffer; readonly key: Buffer }> {
+  return {
+    ca: await requireBytes(join(folder, CA_FILE)),
+    cert: await requireBytes(join(folder, CLIENT_CERTIFICATE_FILE)),
+    key: await requireBytes(join(folder, CLIENT_KEY_FILE)),
   };
 }
 

@@ -38,9 +38,14 @@ async function run(options: ServeOptions): Promise<void> {
     await daemon.lock(() => runningBackup(configuration));
     await daemon.configure(configuration);
     // Other commands start faster without it.
-    const { serveOnSocket } = await import('../api-server.ts');
+    const { serveOnSocket, serveOnTls } = await import('../api-server.ts');
     const server = await serveOnSocket(daemon, configuration.api.socket, log, control?.descriptor);
     stack.push(() => server.close());
+    for (const address of configuration.api.listen) {
+      const secure = await serveOnTls(daemon, address, log);
+      stack.push(() => secure.close());
+      daemon.onReload(() => secure.reload());
+    }
     stack.push(() => daemon.endBackups());
     const end = endingSignal();
     let reloading = Promise.resolve();

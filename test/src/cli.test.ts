@@ -76,6 +76,8 @@ const MISTAKES: readonly Mistake[] = [
   { args: ['checkpoint', 'show', '../x'], code: 2, says: /cannot name a checkpoint/ },
   { args: ['checkpoint', 'show', 'x'], code: 1, says: /there is no checkpoint x/ },
   { args: ['checkpoint', 'delete', 'x'], code: 1, says: /there is no checkpoint x/ },
+  { args: ['map', 'sda'], code: 1, says: /disk sda is in no backup/ },
+  { args: ['map', '--format', 'x'], code: 2, says: /--format/ },
   { args: ['backup', 'end'], code: 1, says: /no backup is running/ },
   { args: ['pull', 'dir'], code: 2, says: /name the disks and the folder/ },
   {
