@@ -80,18 +80,26 @@ const INPUT_BYTES = 2 * 64 * KIB;
 const REQUEST_BYTES = 2 * KIB;
 /** Buffers come in powers of two. */
 const BUFFER_OVERHEAD = 2;
+/** Within TLS what is sent is put together, then encrypted: two copies more. */
+const TLS_COPIES = 2;
+/** OpenSSL's session, its record buffers, and Node's objects around it. */
+const TLS_SESSION_BYTES = 128 * KIB;
 
 /**
  * Most memory that clients together can make the server hold, whatever they ask and however
  * slowly they fetch it, bytes. What the kernel keeps in socket buffers is not in it.
+ *
+ * @param tls whether any of them may be within TLS
  */
-export function mostClientBytes(limits: Limits): number {
+export function mostClientBytes(limits: Limits, tls = false): number {
   const { connections, handshakes, requestsInFlight } = limits;
-  const transmission = BUFFER_OVERHEAD * limits.pieceBytes + requestsInFlight * REQUEST_BYTES;
+  const copies = BUFFER_OVERHEAD + (tls ? TLS_COPIES : 0);
+  const session = INPUT_BYTES + (tls ? TLS_SESSION_BYTES : 0);
+  const transmission = copies * limits.pieceBytes + requestsInFlight * REQUEST_BYTES;
   return (
-    connections * (INPUT_BYTES + transmission) +
-    handshakes * (INPUT_BYTES + 2 * limits.optionBytes) +
-    BUFFER_OVERHEAD * limits.bytesInFlight +
+    connections * (session + transmission) +
+    handshakes * (session + 2 * limits.optionBytes) +
+    copies * limits.bytesInFlight +
     limits.idleBufferBytes
   );
 }
