@@ -29,7 +29,7 @@ packages=(
     # socket activation by its own tool
     systemd
     # databases that hooks make ready, what reads manual pages, another shell
-    postgresql-15 mariadb-server mandoc zsh
+    postgresql-15 mariadb-server mandoc man-db zsh
 )
 
 missing_packages() {
