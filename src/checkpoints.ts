@@ -283,6 +283,20 @@ function byAge(a: Checkpoint, b: Checkpoint): number {
   );
 }
 
+/**
+ * Puts the next older one in the place of a parent that was deleted. Files stay as they were
+ * written: a deletion that had to change others as well could be cut short between them.
+ */
+function chain(checkpoints: readonly Checkpoint[]): Checkpoint[] {
+  const names = new Set(checkpoints.map(({ name }) => name));
+  return checkpoints.map((checkpoint, index) => {
+    const { parent } = checkpoint;
+    return parent === undefined || names.has(parent)
+      ? checkpoint
+      : { ...checkpoint, parent: checkpoints[index - 1]?.name };
+  });
+}
+
 /** A file among the checkpoints that is none. */
 export interface BrokenCheckpoint {
   readonly name: string;
@@ -385,7 +399,7 @@ export class CheckpointStore {
       }
     }
     checkpoints.sort(byAge);
-    return { checkpoints, broken };
+    return { checkpoints: chain(checkpoints), broken };
   }
 
   /**

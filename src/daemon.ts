@@ -588,7 +588,11 @@ export class Daemon implements BackupHost {
   }
 
   async checkpoint(name: string): Promise<CheckpointDetails> {
-    const checkpoint = await this.checkpoints.read(name);
+    requireCheckpointName(name);
+    const { checkpoints } = await this.checkpoints.list();
+    // One that is broken, or not there, has an error of its own.
+    const checkpoint =
+      checkpoints.find((each) => each.name === name) ?? (await this.checkpoints.read(name));
     // Without the module, or without root, they can't be told.
     const tracked = await listDisksIfKnown(() => this.control, this.#names);
     return describeCheckpoint(checkpoint, tracked);

@@ -430,12 +430,7 @@ export function nbdCommand(): Command {
     .option('--export <name=path>', 'file or device to serve, repeatable', collect)
     .option('--max-rate <[name=]rate>', MAX_RATE_HELP, collect)
     .option('--metrics <address>', METRICS_HELP)
-    .addOption(
-      new Option(
-        '--engine <engine>',
-        'what serves plain connections (default: native if it can be had)',
-      ).choices(ENGINES),
-    )
+    .addOption(new Option('--engine <engine>', 'serves plain connections').choices(ENGINES))
     .option('--dirty <name:checkpoint=extents.json>', 'what changed since, repeatable', collect);
   return addTlsOptions(command)
     .addHelpText('after', AFTER_HELP)
