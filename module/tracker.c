@@ -92,8 +92,12 @@ static void counted_end_io(struct bio *bio)
 	counted_free(c);
 	/* Its number and mark are long in force: nothing to order. */
 	this_cpu_dec(t->figures->inflight);
-	if (bio->bi_end_io)
-		bio->bi_end_io(bio);
+	/*
+	 * Not by calling bi_end_io: that of a chained bio is a mark that only
+	 * bio_endio() knows how to follow, and BUG() on newer kernels. What
+	 * bio_endio() does once it has undone, so that a second time is none.
+	 */
+	bio_endio(bio);
 }
 
 /**
