@@ -144,5 +144,9 @@ export class NbdSource implements PullSource {
     }
   }
 
-  async end(): Promise<void> {}
+  async end(): Promise<undefined> {
+    return undefined;
+  }
+
+  async endLeftover(): Promise<void> {}
 }

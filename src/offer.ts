@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What a server has for a pull: the disks of one instant, and what changed on them since when. */
+import type { Recovery } from './chain.ts';
 import type { DiskIdentity } from './disk-identity.ts';
+import type { StillblockError } from './errors.ts';
 import type { MachineLayout } from './layout.ts';
 import type { NbdUri } from './nbd-uri.ts';
 
@@ -51,9 +53,12 @@ export interface PullSource {
    */
   begin(since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer>;
   /**
-   * Lets go of the snapshot.
+   * Lets go of the snapshot, if there is one.
    *
    * @param kept whether its point is in the chain; else its checkpoint is of no use
+   * @returns why the snapshot has failed meanwhile, if it has
    */
-  end(kept: boolean): Promise<void>;
+  end(kept: boolean): Promise<StillblockError | undefined>;
+  /** Lets go of the snapshot of a pull that was killed, if it is still there. */
+  endLeftover(recovery: Recovery): Promise<void>;
 }

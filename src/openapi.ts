@@ -38,6 +38,10 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
     backups: listOf(named('Backup')),
     missingDevices: listOf(text),
   }),
+  Layout: {
+    ...record({ machine: { type: ['string', 'null'] }, hostname: text, problems: listOf(text) }),
+    description: 'partition tables, LVM, md, LUKS, swap, firmware: as stillblock layout --json',
+  },
   Device: record({
     name: text,
     device: text,

@@ -13,6 +13,7 @@ import {
 import type { BrokenCheckpoint } from './checkpoints.ts';
 import type { Daemon, DaemonStatus } from './daemon.ts';
 import type { DeviceReport, MarkedRange } from './devices.ts';
+import { collectLayout, type MachineLayout } from './layout.ts';
 
 /** A JSON Schema, as OpenAPI 3.1 takes it. */
 export type Schema = Readonly<Record<string, unknown>>;
@@ -121,6 +122,17 @@ export const getStatus: Operation<Input, DaemonStatus> = {
   status: 200,
   answer: named('Status'),
   run: (daemon) => daemon.status(),
+};
+
+export const getLayout: Operation<Input, MachineLayout> = {
+  id: 'getLayout',
+  method: 'GET',
+  path: '/v1/layout',
+  tag: 'devices',
+  summary: 'How the tracked devices are laid out, for who restores them to empty disks',
+  status: 200,
+  answer: named('Layout'),
+  run: async (daemon) => collectLayout((await daemon.devices()).map(({ device }) => device)),
 };
 
 export const listDevices: Operation<Input, { devices: readonly DeviceReport[] }> = {

@@ -47,6 +47,8 @@ export interface PullObserver {
   /** @param fraction of the step, 0 to 1 */
   progress(disk: string, step: PullStep, fraction: number, writtenBytes: number): void;
   pulled(entry: ChainEntry): void;
+  /** What does not make the pull wrong, and should be known. */
+  problem(error: unknown): void;
 }
 
 /** The id of a chain that begins now. */
@@ -281,14 +283,12 @@ export async function pull(
   const stop = new AbortController();
   const forward = (): void => stop.abort(signal.reason);
   signal.addEventListener('abort', forward);
-  let kept = false;
-  let begun = false;
   try {
     if (writer.recovery !== undefined) {
       observer.recovered(writer.recovery);
+      await request.source.endLeftover(writer.recovery);
     }
     signal.throwIfAborted();
-    begun = true;
     const offer = await request.source.begin(tips(writer.manifest), stop.signal);
     const plan = planPull(writer.manifest, offer, request.mode);
     observer.planned(offer, plan);
@@ -304,16 +304,18 @@ export async function pull(
     const { checkpoint, takenAt, layout, machine } = offer;
     const point = { checkpoint, takenAt, pulledAt: new Date().toISOString(), layout, entries };
     await writer.commit(point, machine);
-    kept = true;
+    await request.source.end(true).catch((error: unknown) => observer.problem(error));
     return point;
   } catch (error) {
     await writer.abandon();
-    throw asBefore(error);
+    const failure = await request.source.end(false).catch((problem: unknown) => {
+      observer.problem(problem);
+      return undefined;
+    });
+    // What the server says of its snapshot is more than what a reader sees of it.
+    throw asBefore(failure ?? error);
   } finally {
     signal.removeEventListener('abort', forward);
-    if (begun) {
-      await request.source.end(kept);
-    }
     await writer.close();
   }
 }

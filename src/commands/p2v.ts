@@ -1,43 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock p2v`: a machine's disks of one instant, for virt-v2v on this machine. */
-import { randomUUID } from 'node:crypto';
 import { writeFile } from 'node:fs/promises';
-import { resolve } from 'node:path';
+import process, { stderr } from 'node:process';
 import { type Command, Option } from 'commander';
 import { explain, usageError } from '../errors.ts';
 import type { MachineLayout } from '../layout.ts';
-import { NbdSource, parseNamedUri } from '../nbd-source.ts';
-import type { Offer, PullSource } from '../offer.ts';
-import { printJson, printLine } from '../output.ts';
+import type { Offer } from '../offer.ts';
+import { errorLine, printJson, printLine } from '../output.ts';
 import { Forwarder, formatDomain, libvirtArchitecture } from '../p2v.ts';
 import { type CommonOptions, collect, countOption, newCommand, sizeOption } from './common.ts';
-import { endingSignal, readLayout } from './pull.ts';
+import { endingSignal } from './pull.ts';
+import {
+  certificatesOf,
+  hostSource,
+  nbdSource,
+  newCheckpointName,
+  type SourceOptions,
+} from './source.ts';
 
-interface P2vOptions extends CommonOptions {
-  readonly nbd?: readonly string[];
-  readonly layout?: string;
+interface P2vOptions extends CommonOptions, SourceOptions {
   readonly name?: string;
   readonly memory?: number;
   readonly cpus?: number;
   readonly firmware?: 'bios' | 'uefi';
   readonly xml?: string;
-  readonly tlsCertificates?: string;
 }
 
 const DEFAULT_MEMORY_BYTES = 2 * 1024 ** 3;
 /** Servers that are up already answer at once. */
 const STALL_MS = 60_000;
-
-async function makeSource(options: P2vOptions): Promise<PullSource> {
-  const layout = options.layout === undefined ? null : await readLayout(options.layout);
-  const certificates = certificatesOf(options);
-  const disks = (options.nbd ?? []).map(parseNamedUri);
-  return new NbdSource(`p2v-${randomUUID()}`, disks, layout, { certificates, stallMs: STALL_MS });
-}
-
-function certificatesOf({ tlsCertificates }: P2vOptions): string | undefined {
-  return tlsCertificates === undefined ? undefined : resolve(tlsCertificates);
-}
 
 function domainXml(
   name: string,
@@ -99,16 +90,25 @@ async function serve(offer: Offer, options: P2vOptions, signal: AbortSignal): Pr
   }
 }
 
-async function run(options: P2vOptions): Promise<void> {
-  if (options.nbd === undefined) {
-    throw usageError('it is not said which disks', 'name them in their order: --nbd URI');
+async function run(host: string | undefined, options: P2vOptions): Promise<void> {
+  if ((host === undefined) === (options.nbd === undefined)) {
+    throw usageError('it is not said which disks', 'write HOST, or --nbd URI for each in order');
   }
-  const source = await makeSource(options);
+  const checkpoint = newCheckpointName('p2v', new Date());
+  const source =
+    host === undefined
+      ? await nbdSource(checkpoint, options, STALL_MS)
+      : await hostSource(host, checkpoint, options, STALL_MS);
   const signal = endingSignal();
   try {
     await serve(await source.begin(new Map(), signal), options, signal);
   } finally {
-    await source.end(false);
+    // The instant was of use to this conversion alone.
+    const failure = await source.end(false);
+    if (failure !== undefined) {
+      process.exitCode = failure.exitCode;
+      stderr.write(errorLine(failure));
+    }
   }
   if (options.json === true) {
     printJson({ event: 'ended' });
@@ -118,8 +118,16 @@ async function run(options: P2vOptions): Promise<void> {
 /** `stillblock p2v` */
 export function p2vCommand(): Command {
   return newCommand('p2v', "offer a server's disks to virt-v2v on this machine")
+    .argument('[HOST]', 'its daemon: HOST[:PORT], or the path of its socket')
+    .option('--disk <NAME>', 'with HOST: a disk of it, repeatable (default: all)', collect)
+    .option(
+      '--store <PLACE>',
+      'with HOST: where old data goes there (default: it chooses)',
+      collect,
+    )
+    .option('--nbd-host <NAME>', 'with HOST: by which name its NBD server is reached')
     .option('--nbd <[DISK=]URI>', 'a disk that is served, in their order, repeatable', collect)
-    .option('--layout <FILE>', 'what stillblock layout --json says there')
+    .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
     .option('--name <NAME>', "of the new machine (default: the server's)")
     .option('--memory <SIZE>', "of the new machine (default: the server's, else 2G)", sizeOption)
     .option('--cpus <N>', "of the new machine (default: the server's)", countOption(1, 4096))

@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock pull`: a chain of images on this machine of another machine's disks. */
 import { randomUUID } from 'node:crypto';
-import { readFile } from 'node:fs/promises';
-import { resolve } from 'node:path';
-import process from 'node:process';
+import process, { stderr } from 'node:process';
 import type { Command } from 'commander';
-import { requireCheckpointName } from '../checkpoints.ts';
-import { explain, StillblockError, usageError } from '../errors.ts';
-import type { MachineLayout } from '../layout.ts';
+import { StillblockError, usageError } from '../errors.ts';
 import type { ChainPoint } from '../manifest.ts';
-import { NbdSource, parseNamedUri } from '../nbd-source.ts';
 import type { PullSource } from '../offer.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { makeProgress, type Progress } from '../progress-bars.ts';
@@ -17,35 +12,22 @@ import { type PullObserver, pull } from '../pull.ts';
 import type { PullMode } from '../pull-plan.ts';
 import { formatSize } from '../sizes.ts';
 import { type CommonOptions, collect, countOption, newCommand } from './common.ts';
+import {
+  certificatesOf,
+  hostSource,
+  nbdSource,
+  newCheckpointName,
+  type SourceOptions,
+} from './source.ts';
 
-interface PullOptions extends CommonOptions {
-  readonly nbd?: readonly string[];
+interface PullOptions extends CommonOptions, SourceOptions {
   readonly checkpoint?: string;
-  readonly layout?: string;
   readonly full?: boolean;
   readonly fullIfNeeded?: boolean;
   readonly verify?: boolean;
   readonly compress?: boolean;
   readonly parallel: number;
   readonly timeout: number;
-  readonly tlsCertificates?: string;
-}
-
-/** Reads what `stillblock layout --json` wrote. */
-export async function readLayout(path: string): Promise<MachineLayout> {
-  try {
-    return JSON.parse(await readFile(path, 'utf8')) as MachineLayout;
-  } catch (error) {
-    if (error instanceof SyntaxError) {
-      throw new StillblockError(
-        'BAD_LAYOUT',
-        `${path} is no JSON`,
-        'write it with stillblock layout --json on the server',
-        { cause: error },
-      );
-    }
-    throw explain(error, path);
-  }
 }
 
 function modeOf(options: PullOptions): PullMode {
@@ -59,28 +41,19 @@ function modeOf(options: PullOptions): PullMode {
       : 'increments';
 }
 
-async function makeSource(options: PullOptions): Promise<PullSource> {
-  const uris = options.nbd ?? [];
+async function makeSource(host: string | undefined, options: PullOptions): Promise<PullSource> {
+  const stallMs = options.timeout * 1000;
   const { checkpoint } = options;
+  if (host !== undefined) {
+    return hostSource(host, checkpoint ?? newCheckpointName('pull', new Date()), options, stallMs);
+  }
   if (checkpoint === undefined) {
     throw usageError(
       '--nbd needs a name for this instant',
       'give the one that the server has for it: --checkpoint NAME',
     );
   }
-  const disks = uris.map(parseNamedUri);
-  const twice = disks.find(({ name }, index) => disks.findIndex((d) => d.name === name) !== index);
-  if (twice !== undefined) {
-    throw usageError(`disk ${twice.name} is given twice`, 'name them apart: --nbd NAME=URI');
-  }
-  const layout = options.layout === undefined ? null : await readLayout(options.layout);
-  const certificates = certificatesOf(options);
-  const stallMs = options.timeout * 1000;
-  return new NbdSource(requireCheckpointName(checkpoint), disks, layout, { certificates, stallMs });
-}
-
-function certificatesOf({ tlsCertificates }: PullOptions): string | undefined {
-  return tlsCertificates === undefined ? undefined : resolve(tlsCertificates);
+  return nbdSource(checkpoint, options, stallMs);
 }
 
 function observe(json: boolean, progress: Progress): PullObserver {
@@ -118,6 +91,13 @@ function observe(json: boolean, progress: Progress): PullObserver {
       }
     },
     progress: (disk, step, fraction, bytes) => progress.update(disk, step, fraction, bytes),
+    problem: (error) => {
+      const text = error instanceof Error ? error.message : String(error);
+      if (json) {
+        printJson({ event: 'problem', text });
+      }
+      stderr.write(`stillblock: ${text}\n`);
+    },
     pulled: ({ disk, kind, fileBytes, verified }) => {
       if (json) {
         printJson({ event: 'pulled', disk, kind, fileBytes, verified });
@@ -159,14 +139,18 @@ async function run(
   options: PullOptions,
 ): Promise<void> {
   const place = folder ?? host;
-  if (options.nbd === undefined || folder !== undefined || place === undefined) {
-    throw usageError('name the disks and the folder', 'write --nbd URI --checkpoint NAME DIR');
+  const isHost = folder !== undefined;
+  if (place === undefined || isHost === (options.nbd !== undefined)) {
+    throw usageError(
+      'it is not said from where, or where to',
+      'write HOST DIR, or --nbd URI --checkpoint NAME DIR',
+    );
   }
   // Images hold everything that the server's disks do, passwords included.
   process.umask(0o077);
   const json = options.json === true;
   const mode = modeOf(options);
-  const source = await makeSource(options);
+  const source = await makeSource(isHost ? host : undefined, options);
   const progress = makeProgress(json);
   const request = {
     folder: place,
@@ -194,21 +178,31 @@ async function run(
 const AFTER_HELP = `
 The first pull copies all of each disk, later ones what changed since. DIR gets one chain
 of qcow2 files per disk and a manifest. A pull that ends early, however, leaves the chain
-as it was. Changes that the server cannot prove to fit the chain are compared while they
-are held, unless --no-verify. HOST is left out with --nbd.
+as it was. With HOST the snapshot is taken and ended, and its layout kept; with --nbd
+somebody else does that. Changes that are not proven to fit the chain, as with --nbd, are
+compared while they are held, unless --no-verify.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 a full copy is required of some disk.
 
-Example:
+Examples:
+  stillblock pull --tls-certificates /etc/pki/backup web1 /backup/web1
+  stillblock pull /run/stillblock/control.sock /backup/this
   stillblock pull --nbd nbd://192.0.2.7/sda --checkpoint monday /backup/web1`;
 
 /** `stillblock pull` */
 export function pullCommand(): Command {
   return newCommand('pull', "copy a server's disks into a chain of images")
-    .argument('[HOST]', 'the server')
+    .argument('[HOST]', 'its daemon: HOST[:PORT], or the path of its socket')
     .argument('[DIR]', "the chain's folder, made if it is not there")
+    .option('--disk <NAME>', 'with HOST: a disk of it, repeatable (default: all)', collect)
+    .option(
+      '--store <PLACE>',
+      'with HOST: where old data goes there (default: it chooses)',
+      collect,
+    )
+    .option('--nbd-host <NAME>', 'with HOST: by which name its NBD server is reached')
     .option('--nbd <[DISK=]URI>', 'a disk that is served already, repeatable', collect)
-    .option('--checkpoint <NAME>', 'name of this instant')
+    .option('--checkpoint <NAME>', 'name of this instant (default with HOST: by the time)')
     .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
     .option('--full', 'copy all of every disk')
     .option('--full-if-needed', 'copy all of those disks whose changes are not known')

@@ -79,7 +79,7 @@ const MISTAKES: readonly Mistake[] = [
   { args: ['map', 'sda'], code: 1, says: /disk sda is in no backup/ },
   { args: ['map', '--format', 'x'], code: 2, says: /--format/ },
   { args: ['backup', 'end'], code: 1, says: /no backup is running/ },
-  { args: ['pull', 'dir'], code: 2, says: /name the disks and the folder/ },
+  { args: ['pull', 'dir'], code: 2, says: /HOST DIR, or --nbd URI/ },
   {
     args: ['pull', '--nbd', 'http://x/sda', '--checkpoint', 'a', 'd'],
     code: 2,

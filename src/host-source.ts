@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+/** A pull from a server that is asked for a snapshot through its control API. */
+import type { Api } from './api-client.ts';
+import type { BackupDescription, DiskReport, ExportReport } from './backup-report.ts';
+import type { Recovery } from './chain.ts';
+import { exitCodeOf, reasonWords, StillblockError } from './errors.ts';
+import { exportIdentity } from './nbd-source.ts';
+import { type CertificateFolder, type NbdUri, parseNbdUri } from './nbd-uri.ts';
+import type { HistoryPlace, Offer, OfferedDisk, PullSource } from './offer.ts';
+import {
+  beginBackup,
+  deleteCheckpoint,
+  endBackup,
+  getLayout,
+  type Input,
+  listBackups,
+  type Operation,
+} from './operations.ts';
+
+/** What is asked of the server. */
+export interface HostRequest {
+  /** As the user calls the server; undefined where its API is on this machine. */
+  readonly host: string | undefined;
+  readonly checkpoint: string;
+  /** Disks by name; all if there are none. */
+  readonly disks: readonly string[];
+  /** Places for old data, there; the server chooses if there are none. */
+  readonly store: readonly string[];
+  readonly certificates: CertificateFolder;
+  readonly stallMs: number;
+}
+
+const ANY_ADDRESS = new Set(['0.0.0.0', '::']);
+const LOOPBACK = /^(127\.|::1$|localhost$)/;
+
+/**
+ * The URI by which an export is reached from here.
+ *
+ * @param host as the user calls the server; undefined if that is this machine
+ * @throws StillblockError if it is served to that machine alone
+ */
+export function chooseUri(uris: readonly string[], host: string | undefined): NbdUri {
+  const parsed = uris.map(parseNbdUri);
+  if (host === undefined) {
+    const [first] = parsed;
+    if (first !== undefined) {
+      return first;
+    }
+  } else {
+    for (const uri of parsed) {
+      if (uri.place.kind === 'tcp' && ANY_ADDRESS.has(uri.place.host)) {
+        return { ...uri, place: { ...uri.place, host } };
+      }
+      if (uri.place.kind === 'tcp' && (!LOOPBACK.test(uri.place.host) || LOOPBACK.test(host))) {
+        return uri;
+      }
+    }
+  }
+  throw new StillblockError(
+    'NOT_SERVED_HERE',
+    `${host ?? 'the server'} serves its disks to itself alone`,
+    'let its NBD server listen on an address that is reached from here',
+  );
+}
+
+function historyOf({ generation, number }: ExportReport | DiskReport): HistoryPlace | undefined {
+  return generation === undefined || number === undefined ? undefined : { generation, number };
+}
+
+/** A disk of a backup, but for whose it is: the server's word for that is its history. */
+function toOffered(
+  disk: DiskReport,
+  exports: readonly ExportReport[],
+  host: string | undefined,
+): Omit<OfferedDisk, 'identity'> {
+  const own = exports.filter((each) => each.disk === disk.name);
+  const image = own.find(({ checkpoint }) => checkpoint === undefined);
+  return {
+    name: disk.name,
+    sizeBytes: disk.sizeBytes,
+    uri: chooseUri(image?.uris ?? [], host),
+    history: historyOf(disk),
+    full: disk.full,
+    deltas: own.flatMap((each) =>
+      each.checkpoint === undefined
+        ? []
+        : [
+            {
+              checkpoint: each.checkpoint,
+              uri: chooseUri(each.uris, host),
+              history: historyOf(each),
+            },
+          ],
+    ),
+  };
+}
+
+/** Why a daemon was not reached, as far as TLS and the network say. */
+function explainCall(error: unknown): unknown {
+  const cause = error instanceof StillblockError ? error.cause : undefined;
+  const code = cause instanceof Error && 'code' in cause ? String(cause.code) : '';
+  if (/CERT|TLS|SSL|VERIFY|SELF_SIGNED/.test(code)) {
+    return new StillblockError(
+      'TLS_FAILED',
+      `the daemon and we do not agree on TLS: ${cause instanceof Error ? cause.message : code}`,
+      'look whether both certificates are of the same CA, not expired, and name it as it is called here',
+      { cause },
+    );
+  }
+  if (/^(ENOTFOUND|EAI_AGAIN|EHOSTUNREACH|ENETUNREACH|ETIMEDOUT)$/.test(code)) {
+    return new StillblockError(
+      'NO_SERVER',
+      `the server is not reached: ${cause instanceof Error ? cause.message : code}`,
+      'look for a typing error in its name, and whether a firewall is between',
+      { cause },
+    );
+  }
+  return error;
+}
+
+export class HostSource implements PullSource {
+  readonly #api: Api;
+  readonly #request: HostRequest;
+  #backup: BackupDescription | undefined;
+
+  constructor(api: Api, request: HostRequest) {
+    this.#api = api;
+    this.#request = request;
+  }
+
+  async #call<In extends Input, Out>(
+    operation: Operation<In, Out>,
+    input: In,
+    signal?: AbortSignal,
+  ): Promise<Out> {
+    try {
+      return await this.#api.call(operation, input, signal);
+    } catch (error) {
+      throw explainCall(error);
+    }
+  }
+
+  async begin(_since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer> {
+    const { checkpoint, disks, store, host, certificates, stallMs } = this.#request;
+    const layout = await this.#call(getLayout, {}, signal);
+    const backup = await this.#call(
+      beginBackup,
+      {
+        body: {
+          checkpoint,
+          ...(store.length === 0 ? {} : { store: { places: store } }),
+          ...(disks.length === 0 ? {} : { disks: disks.map((path) => ({ path })) }),
+        },
+      },
+      signal,
+    );
+    this.#backup = backup;
+    const offered: OfferedDisk[] = [];
+    for (const disk of backup.disks) {
+      const known = toOffered(disk, backup.exports, host);
+      const identity = await exportIdentity(known.uri, { certificates, stallMs, signal });
+      offered.push({ ...known, identity });
+    }
+    return {
+      checkpoint,
+      takenAt: backup.takenAt ?? null,
+      machine: layout.machine,
+      layout,
+      snapshot: backup.id,
+      disks: offered,
+    };
+  }
+
+  async end(kept: boolean): Promise<StillblockError | undefined> {
+    const backup = this.#backup;
+    if (backup === undefined) {
+      return undefined;
+    }
+    this.#backup = undefined;
+    return this.#release(backup.checkpoint, kept);
+  }
+
+  async endLeftover({ snapshot, complete }: Recovery): Promise<void> {
+    const { backups } = await this.#call(listBackups, {});
+    const left = backups.find(({ id }) => id === snapshot);
+    if (left !== undefined) {
+      await this.#release(left.checkpoint, complete);
+    }
+  }
+
+  /** @returns why the snapshot has failed, if it has */
+  async #release(checkpoint: string, kept: boolean): Promise<StillblockError | undefined> {
+    const params = { params: { name: checkpoint } };
+    const { failed, reason } = await this.#call(endBackup, params);
+    if (!kept) {
+      await this.#call(deleteCheckpoint, params);
+    }
+    if (!failed || reason === undefined) {
+      return undefined;
+    }
+    const { message, advice } = reasonWords(reason, 'the snapshot');
+    return new StillblockError(reason, message, advice, { exitCode: exitCodeOf(reason) });
+  }
+}

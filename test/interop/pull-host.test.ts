@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * `stillblock pull` from a control API: here a server of the test's own that answers as the
+ * daemon does, over disks that are really served. The daemon itself is in test/vm.
+ */
+import { randomUUID } from 'node:crypto';
+import { readdir } from 'node:fs/promises';
+import { createServer, type IncomingMessage } from 'node:http';
+import { join } from 'node:path';
+import test, { type ExecutionContext } from 'ava';
+import { StillblockError } from '../../src/errors.ts';
+import { chooseUri } from '../../src/host-source.ts';
+import { collectLayout } from '../../src/layout.ts';
+import { formatNbdUri } from '../../src/nbd-uri.ts';
+import { folder } from '../nbd/world.ts';
+import {
+  assertChain,
+  errorOf,
+  type Instant,
+  Machine,
+  MIB,
+  manifestOf,
+  pullTest,
+  soon,
+  start,
+  stillblock,
+} from './pulling.ts';
+
+interface Backup {
+  readonly id: string;
+  readonly checkpoint: string;
+  readonly instant: Instant;
+}
+
+/** A server: its disks, its checkpoints and the backups that it holds. */
+class Server {
+  readonly machine: Machine;
+  readonly socket: string;
+  readonly held: Backup[] = [];
+  readonly checkpoints: string[] = [];
+  generation: string = randomUUID();
+  machineId = 'aaaa';
+  /** Name of a reason, once snapshots fail. */
+  failure: string | undefined;
+  #t: ExecutionContext;
+
+  private constructor(t: ExecutionContext, machine: Machine, socket: string) {
+    this.#t = t;
+    this.machine = machine;
+    this.socket = socket;
+  }
+
+  static async start(t: ExecutionContext): Promise<Server> {
+    const machine = await Machine.make(t, { sda: 4 * MIB, sdb: 2 * MIB });
+    const server = new Server(t, machine, join(await folder(t), 'control.sock'));
+    const http = createServer((request, response) => {
+      server.#answer(request).then(
+        ({ status, body }) => {
+          response.writeHead(status, { 'content-type': 'application/json' });
+          response.end(JSON.stringify(body));
+        },
+        (error: unknown) => response.destroy(error as Error),
+      );
+    });
+    await new Promise<void>((resolve) => http.listen(server.socket, resolve));
+    t.teardown(() => http.close());
+    return server;
+  }
+
+  async #answer(request: IncomingMessage): Promise<{ status: number; body: object }> {
+    const [, , kind, name = ''] = (request.url ?? '').split('/');
+    const pieces: string[] = [];
+    for await (const piece of request) {
+      pieces.push(String(piece));
+    }
+    switch (`${request.method} ${kind}`) {
+      case 'GET layout':
+        return { status: 200, body: { ...(await collectLayout([])), machine: this.machineId } };
+      case 'GET backups':
+        return {
+          status: 200,
+          body: { backups: this.held.map(({ id, checkpoint }) => ({ id, checkpoint })) },
+        };
+      case 'POST backups': {
+        const { checkpoint } = JSON.parse(pieces.join('')) as { checkpoint: string };
+        return { status: 201, body: await this.#begin(checkpoint) };
+      }
+      case 'DELETE backups': {
+        const index = this.held.findIndex(({ checkpoint }) => checkpoint === name);
+        const [backup] = this.held.splice(index, 1);
+        await backup?.instant.close();
+        const { failure } = this;
+        const failed =
+          failure === undefined ? { failed: false } : { failed: true, reason: failure };
+        return { status: 200, body: { checkpoint: name, ...failed } };
+      }
+      case 'DELETE checkpoints': {
+        this.checkpoints.splice(this.checkpoints.indexOf(name), 1);
+        for (const { since } of this.machine.disks.values()) {
+          since.delete(name);
+        }
+        return { status: 200, body: { deleted: name } };
+      }
+      default:
+        return { status: 404, body: {} };
+    }
+  }
+
+  async #begin(checkpoint: string): Promise<object> {
+    const earlier = [...this.checkpoints];
+    const instant = await this.machine.serve(this.#t, checkpoint);
+    const id = randomUUID();
+    this.held.push({ id, checkpoint, instant });
+    this.checkpoints.push(checkpoint);
+    const { generation } = this;
+    const numberOf = (name: string): number => this.checkpoints.indexOf(name) + 1;
+    const disks = [...this.machine.disks.values()].map(({ name, data }) => ({
+      ...{ name, device: `/dev/${name}`, sizeBytes: data.length, image: '', full: [] },
+      ...{ generation, number: numberOf(checkpoint), incremental: earlier },
+    }));
+    const exports = disks.flatMap(({ name, sizeBytes }) => [
+      { name, disk: name, uris: instant.server.uris(name), sizeBytes },
+      ...earlier.map((since) => ({
+        ...{ name: `${name}@${since}`, disk: name, checkpoint: since, sizeBytes, generation },
+        ...{ uris: instant.server.uris(`${name}@${since}`), number: numberOf(since) },
+      })),
+    ]);
+    const takenAt = '2026-01-01T00:00:00.000Z';
+    return {
+      id,
+      state: 'serving',
+      checkpoint,
+      pid: 1,
+      takenAt,
+      disks,
+      exports,
+      brokenCheckpoints: [],
+    };
+  }
+}
+
+pullTest('the server is asked for a snapshot, and let go of it', async (t) => {
+  const server = await Server.start(t);
+  const { machine, socket } = server;
+  const chain = join(await folder(t), 'chain');
+  const days = ['one', 'two', 'three'];
+  for (const [index, day] of days.entries()) {
+    machine.change(index + 1);
+    const ended = await stillblock(t, 'pull', '--checkpoint', day, socket, chain);
+    t.is(ended.code, 0, ended.stderr);
+    t.deepEqual(server.held, []);
+  }
+  const manifest = await manifestOf(chain);
+  t.is(manifest.machine, 'aaaa');
+  t.like(manifest.points[2]?.entries[0], {
+    ...{ kind: 'incremental', generation: server.generation, number: 3 },
+    // Its history says that the changes fit.
+    verified: false,
+  });
+  t.is(manifest.points[0]?.layout?.machine, 'aaaa');
+  await assertChain(t, machine, chain, days);
+  const unnamed = await stillblock(t, 'pull', socket, chain);
+  t.is(unnamed.code, 0, unnamed.stderr);
+  t.regex(server.checkpoints.at(-1) ?? '', /^pull-\d{8}-\d{6}$/);
+});
+
+pullTest('what was of no use is not left on the server: checkpoints, snapshots', async (t) => {
+  const server = await Server.start(t);
+  const { machine, socket } = server;
+  const chain = join(await folder(t), 'chain');
+  t.is((await stillblock(t, 'pull', '--checkpoint', 'one', socket, chain)).code, 0);
+  // Another history: all checkpoints are of another.
+  server.generation = randomUUID();
+  const refused = await stillblock(t, 'pull', '--checkpoint', 'two', socket, chain);
+  t.is(refused.code, 3);
+  t.regex(refused.stderr, /checkpoint one is another than the chain's/);
+  t.deepEqual([server.checkpoints, server.held], [['one'], []]);
+  const full = ['--full-if-needed', '--checkpoint', 'two'];
+  t.is((await stillblock(t, 'pull', ...full, socket, chain)).code, 0);
+  await assertChain(t, machine, chain, ['one', 'two']);
+
+  server.machineId = 'bbbb';
+  const other = await stillblock(t, 'pull', '--full', '--checkpoint', 'three', socket, chain);
+  t.is(errorOf(other), 'OTHER_MACHINE', other.stderr);
+  t.deepEqual([server.checkpoints, server.held], [['one', 'two'], []]);
+});
+
+pullTest('killed: the next pull ends the snapshot that it left held', async (t) => {
+  const server = await Server.start(t);
+  const { machine, socket } = server;
+  const chain = join(await folder(t), 'chain');
+  const running = start(t, 'pull', '--checkpoint', 'cut', socket, chain);
+  const begun = async (): Promise<void> => {
+    while (!(await readdir(chain).catch((): string[] => [])).includes('pull.json')) {
+      await new Promise(setImmediate);
+    }
+  };
+  await soon('its journal', begun());
+  running.process.kill('SIGKILL');
+  await running.ended;
+  t.is(server.held.length, 1);
+  // Nobody else's is touched.
+  const next = await stillblock(t, 'pull', '--checkpoint', 'next', socket, chain);
+  t.is(next.code, 0, next.stderr);
+  t.like(next.events[0], { event: 'recovered', checkpoint: 'cut', complete: false });
+  t.deepEqual([server.checkpoints, server.held], [['next'], []]);
+  await assertChain(t, machine, chain, ['next']);
+});
+
+pullTest('the store overflows meanwhile: exit code 4, and why', async (t) => {
+  const server = await Server.start(t);
+  const chain = join(await folder(t), 'chain');
+  const running = start(t, 'pull', '--checkpoint', 'one', server.socket, chain);
+  const begun = async (): Promise<void> => {
+    while (server.held.length === 0) {
+      await new Promise(setImmediate);
+    }
+  };
+  await soon('its snapshot', begun());
+  server.failure = 'STORE_FULL';
+  server.held[0]?.instant.server.failExports();
+  const ended = await soon('its end', running.ended);
+  t.is(ended.code, 4, ended.stderr);
+  t.is(errorOf(ended), 'STORE_FULL');
+  t.regex(ended.stderr, /the store is full.*the chain is as before/);
+  t.deepEqual([server.checkpoints, server.held], [[], []]);
+});
+
+pullTest('nobody answers on the control socket', async (t) => {
+  const home = await folder(t);
+  const ended = await stillblock(t, 'pull', join(home, 'no.sock'), join(home, 'chain'));
+  t.is(ended.code, 1);
+  t.is(errorOf(ended), 'NO_DAEMON');
+  const unnamed = await stillblock(t, 'pull', 'web1', join(home, 'chain'));
+  t.is(unnamed.code, 2);
+  t.regex(unnamed.stderr, /--tls-certificates/);
+});
+
+test('an export is reached by the address that leads there', (t) => {
+  const uris = ['nbd+unix:///sda?socket=/s', 'nbd://127.0.0.1:10809/sda', 'nbds://0.0.0.0:1/sda'];
+  const choose = (all: readonly string[], host?: string): string =>
+    formatNbdUri(chooseUri(all, host));
+  t.is(choose(uris), 'nbd+unix:///sda?socket=/s');
+  t.is(choose(uris, 'web1'), 'nbds://web1:1/sda');
+  t.is(choose(uris, 'localhost'), 'nbd://127.0.0.1:10809/sda');
+  t.is(choose([...uris, 'nbd://192.0.2.7:2/sda'].slice(3), 'web1'), 'nbd://192.0.2.7:2/sda');
+  const alone = t.throws(() => chooseUri(uris.slice(0, 2), 'web1'), {
+    instanceOf: StillblockError,
+  });
+  t.is(alone?.code, 'NOT_SERVED_HERE');
+});
