@@ -5,6 +5,7 @@ import type { Bandwidth } from '../nbd/bandwidth.ts';
 import type { Export } from '../nbd/export.ts';
 import type { Logger } from '../nbd/logger.ts';
 import { type InheritedSocket, type ListenAddress, NbdServer } from '../nbd/server.ts';
+import { StillblockError } from './errors.ts';
 import { explainListen } from './listen.ts';
 import type { NbdFigures } from './metrics.ts';
 import { RateCaps, type Rates } from './rates.ts';
@@ -19,7 +20,7 @@ export interface ServerRequest {
 
 /** What a backup needs of the server that it is served by. */
 export interface BackupServer {
-  /** @throws RangeError if the name is taken, or it can't be served */
+  /** @throws StillblockError if the name is taken */
   add(added: Export): void;
   uris(exportName: string): string[];
   /** Answers EIO from now on for all that was added. */
@@ -102,6 +103,13 @@ export class SharedServer {
     const own = new Set<string>();
     return {
       add: (added) => {
+        if (this.#names.has(added.name)) {
+          throw new StillblockError(
+            'NAME_TAKEN',
+            `there is an export ${JSON.stringify(added.name)} already`,
+            'choose another name with --disk NAME=DEV, or exportname',
+          );
+        }
         server.addExport(added);
         own.add(added.name);
         this.#names.add(added.name);

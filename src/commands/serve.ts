@@ -6,6 +6,7 @@ import { takeInheritedSockets } from '../activation.ts';
 import { runningBackup } from '../api-client.ts';
 import { CONFIGURATION_FILE, configurationInForce } from '../configuration.ts';
 import { Daemon } from '../daemon.ts';
+import { usageError } from '../errors.ts';
 import { makeLog } from '../log.ts';
 import { ReleaseStack } from '../release-stack.ts';
 import { ServiceManager } from '../service.ts';
@@ -29,7 +30,13 @@ async function run(options: ServeOptions): Promise<void> {
   const log = makeLog(options.verbose ?? 0);
   log.level = options.verbose === undefined ? configuration.logLevel : log.level;
   const { folders } = configuration;
-  const [control] = takeInheritedSockets(env, pid);
+  const [control, ...others] = takeInheritedSockets(env, pid);
+  if (others.length > 0) {
+    throw usageError(
+      'more than the control socket has been inherited',
+      'leave the others out of the socket unit: the configuration says where else to listen',
+    );
+  }
   const manager = new ServiceManager(log);
   const stack = new ReleaseStack();
   try {
