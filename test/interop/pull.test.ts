@@ -14,8 +14,10 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
-import { folder } from '../nbd/world.ts';
+import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
+import { folder, pattern } from '../nbd/world.ts';
 import { run, tryRun } from './clients.ts';
+import { Serving } from './command.ts';
 import {
   assertChain,
   errorOf,
@@ -343,6 +345,37 @@ pullTest('two pulls into one folder: the second is refused', async (t) => {
   t.is(errorOf(await stillblock(t, 'pull', ...instant.args, world.chain)), 'CHAIN_BUSY');
   reads.release();
   t.is((await soon('the first', running.ended)).code, 0);
+});
+
+pullTest('over TLS, with certificates that fit, and with those that do not', async (t) => {
+  const home = await folder(t);
+  const disk = join(home, 'disk');
+  await writeFile(disk, pattern(2 * MIB));
+  const issue = async (name: string): Promise<{ server: string; client: string }> => {
+    const authority = await Authority.make(join(home, name));
+    const client = { client: await authority.issue(clientTemplate('proxy')) };
+    const server = { server: await authority.issue(SERVER) };
+    return {
+      server: await conventionalFolder(join(home, `${name}-server`), authority, server),
+      client: await conventionalFolder(join(home, `${name}-client`), authority, client),
+    };
+  };
+  const [ours, others] = [await issue('ours'), await issue('others')];
+  const security = ['--tls-certificates', ours.server, '--tls-verify-peer'];
+  const serving = await Serving.start(t, '-p', '0', ...security, '--export', `sda=${disk}`);
+  const [uri = ''] = serving.uris('sda');
+  t.regex(uri, /^nbds:/);
+  const chain = join(home, 'chain');
+  const args = ['--checkpoint', 'now', '--verify', '--nbd', uri, chain];
+  const without = await stillblock(t, 'pull', ...args);
+  t.is(without.code, 2);
+  t.regex(without.stderr, /--tls-certificates/);
+  const wrong = await stillblock(t, 'pull', '--tls-certificates', others.client, ...args);
+  t.is(wrong.code, 1);
+  t.is(errorOf(wrong), 'TLS_FAILED', wrong.stderr);
+  const right = await stillblock(t, 'pull', '--tls-certificates', ours.client, ...args);
+  t.is(right.code, 0, right.stderr);
+  await run('qemu-img', ['compare', '-F', 'raw', join(chain, 'sda.0001.qcow2'), disk]);
 });
 
 interface Damage {
