@@ -27,6 +27,8 @@ const HTTP_OPTIONS = {
   headersTimeout: 10_000,
   requestTimeout: 30_000,
 } as const;
+/** Commands that wait for a backup to begin or end, and the streams. */
+const MAX_CONNECTIONS = 128;
 /** A person or two with a terminal, a monitor, and a backup product. */
 const MAX_STREAMS = 32;
 /** What a listener may be behind, bytes: some thousands of events. */
@@ -159,6 +161,7 @@ export function buildApi(
     { parseAs: 'string' },
     (_request, document, done) => done(null, document),
   );
+  app.server.maxConnections = MAX_CONNECTIONS;
   const streams = new Set<ServerResponse>();
   app.setErrorHandler((error, _request, reply) => refuse(reply, error, log));
   app.setNotFoundHandler((request, reply) => {

@@ -474,9 +474,21 @@ export class Daemon implements BackupHost {
     }
   }
 
-  /** Ends a backup. Settles when everything is released. */
-  endBackup(checkpoint: string): Promise<BackupEnded> {
-    return this.#session(checkpoint).end();
+  /**
+   * Ends a backup. Settles when everything is released.
+   *
+   * @param id of the one that is meant; undefined for whichever has that name
+   */
+  endBackup(checkpoint: string, id?: string): Promise<BackupEnded> {
+    const session = this.#session(checkpoint);
+    if (id !== undefined && session.describe().id !== id) {
+      throw new StillblockError(
+        'NO_BACKUP',
+        `the backup of checkpoint ${checkpoint} that is running is another one`,
+        'nothing need be done: see stillblock status',
+      );
+    }
+    return session.end();
   }
 
   /** What changed on a disk of a backup that is held. */

@@ -278,15 +278,19 @@ export const getBackup: Operation<Named, BackupDescription> = {
   run: (daemon, { params }) => daemon.backup(params.name),
 };
 
-export const endBackup: Operation<Named, BackupEnded> = {
+export const endBackup: Operation<
+  Named & { readonly query?: { readonly id?: string } },
+  BackupEnded
+> = {
   id: 'endBackup',
   method: 'DELETE',
   path: '/v1/backups/{name}',
   tag: 'backups',
   summary: 'Ends a backup; answered when all of it is released. The checkpoint stays',
+  query: { id: 'ends it only if it is this one: names come again' },
   status: 200,
   answer: { ...answer({ checkpoint: text, failed: { type: 'boolean' } }) },
-  run: (daemon, { params }) => daemon.endBackup(params.name),
+  run: (daemon, { params, query }) => daemon.endBackup(params.name, query?.id),
 };
 
 export const getChanges: Operation<
