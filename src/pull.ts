@@ -7,6 +7,7 @@
  *
  * Whatever fails before the commit leaves the chain as it was.
  */
+import { setMaxListeners } from 'node:events';
 import { stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { ChainWriter, type Recovery } from './chain.ts';
@@ -130,13 +131,14 @@ class Pull {
     const { name } = planned.disk;
     let fraction = 0;
     let last = 0;
+    // What is compared leaves no trace but its share.
+    const moved = async (): Promise<number> =>
+      step === 'copy' ? writtenBytes(target) : Math.round(fraction * planned.disk.sizeBytes);
     const tell = (): void => {
       // Its size is asked for no more often than people can read it.
       if (performance.now() - last > 200) {
         last = performance.now();
-        void writtenBytes(target).then((bytes) =>
-          this.#observer.progress(name, step, fraction, bytes),
-        );
+        void moved().then((bytes) => this.#observer.progress(name, step, fraction, bytes));
       }
     };
     const timer = setInterval(tell, 1000);
@@ -156,7 +158,8 @@ class Pull {
     } finally {
       clearInterval(timer);
     }
-    this.#observer.progress(name, step, 1, await writtenBytes(target));
+    fraction = 1;
+    this.#observer.progress(name, step, fraction, await moved());
   }
 
   async #copy(planned: PlannedDisk): Promise<void> {
@@ -281,6 +284,8 @@ export async function pull(
 ): Promise<ChainPoint> {
   const writer = await ChainWriter.open(request.folder, emptyManifest(chain));
   const stop = new AbortController();
+  // Each disk's qemu-img listens to it.
+  setMaxListeners(0, stop.signal);
   const forward = (): void => stop.abort(signal.reason);
   signal.addEventListener('abort', forward);
   try {
