@@ -6,7 +6,6 @@
  * the meaning of a request and cannot be done is refused; what would not is accepted
  * with a warning.
  */
-import { isAbsolute } from 'node:path';
 import { XMLBuilder } from 'fast-xml-parser';
 import { NBD_DEFAULT_PORT } from '../nbd/constants.ts';
 import { isDiskName } from './block-devices.ts';
@@ -71,7 +70,8 @@ const A_TEXT = `a text of 1 to ${MAX_EXPORT_NAME_LENGTH} characters`;
 const readCheckpoint = (text: string): string | undefined =>
   isCheckpointName(text) ? text : undefined;
 const readDisk = (text: string): string | undefined => (isDiskName(text) ? text : undefined);
-const readPath = (text: string): string | undefined => (isAbsolute(text) ? text : undefined);
+const readPath = (text: string): string | undefined =>
+  /^\/\P{Cc}*$/u.test(text) ? text : undefined;
 const readPort = (text: string): number | undefined =>
   /^[0-9]{1,5}$/.test(text) && Number(text) <= MAX_PORT ? Number(text) : undefined;
 const readText = (text: string): string | undefined =>

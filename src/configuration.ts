@@ -109,16 +109,20 @@ const HOOK_NAME = /^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$/;
 const YES_NO = ['yes', 'no'] as const;
 const isYes = (word: 'yes' | 'no' | undefined): boolean => word === 'yes';
 
-const readPath = (text: string): string | undefined => (/^\/[^\0]*$/.test(text) ? text : undefined);
+const readPath = (text: string): string | undefined =>
+  /^\/\P{Cc}*$/u.test(text) ? text : undefined;
 const readText = (text: string): string | undefined => (text === '' ? undefined : text);
 const readName = (text: string): string | undefined => (isDiskName(text) ? text : undefined);
+/** As the schema has it: without the spaces that people put on command lines. */
+const sizeOf = (text: string): number | undefined =>
+  /\s/.test(text) ? undefined : parseSize(text);
 const readBlockSize = (text: string): number | undefined => {
-  const bytes = parseSize(text) ?? 0;
+  const bytes = sizeOf(text) ?? 0;
   return bytes >= MIN_BLOCK_BYTES && Number.isInteger(Math.log2(bytes)) ? bytes : undefined;
 };
-const readSize = (text: string): number | undefined => parseSize(text) || undefined;
+const readSize = (text: string): number | undefined => sizeOf(text) || undefined;
 const readRate = (text: string): number | undefined => {
-  const bytes = parseSize(text) ?? 0;
+  const bytes = sizeOf(text) ?? 0;
   return bytes >= LEAST_BYTES_PER_SECOND ? bytes : undefined;
 };
 const readNumber =

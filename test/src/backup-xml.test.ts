@@ -383,6 +383,31 @@ test('what is written is read back', (t) => {
   );
 });
 
+test('whatever is typed into a request, its echo means the same, or it is refused', (t) => {
+  const requests = Object.values(GOOD).map(([xml]) => xml);
+  fc.assert(
+    fc.property(
+      fc.constantFrom(...requests),
+      fc.nat(),
+      fc.constantFrom(...'<>/"\'=& -0a\n', '<disk/>', "backup='no'", '&#9;', ''),
+      fc.nat({ max: 3 }),
+      (xml, at, text, removed) => {
+        const place = at % xml.length;
+        const edited = xml.slice(0, place) + text + xml.slice(place + removed);
+        let found: BackupXml;
+        try {
+          found = parseBackupXml(edited);
+        } catch (error) {
+          t.true(error instanceof XmlError, String(error));
+          return;
+        }
+        t.deepEqual(parseBackupXml(formatBackupXml(found)), { ...found, warnings: [] }, edited);
+      },
+    ),
+    { numRuns: 2000 },
+  );
+});
+
 test('the echo fills in what was not said', (t) => {
   t.is(
     formatBackupXml(

@@ -6,6 +6,7 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
+import fc from 'fast-check';
 import {
   type Configuration,
   defaultConfiguration,
@@ -165,6 +166,8 @@ const BAD: readonly (readonly [content: string, line: number, column: number])[]
   ['<devices><device path="/a" blocksize="-4K"/></devices>', 2, 28],
   ['<devices>\n  <disk path="/a"/></devices>', 3, 3],
   ['<store size="many"/>', 2, 8],
+  ['<store size=" 1G"/>', 2, 8],
+  ['<store size="1 G"/>', 2, 8],
   ['<store><folder/></store>', 2, 8],
   ['<store><folder path="a"/></store>', 2, 16],
   ['<store><memory share="-1"/></store>', 2, 16],
@@ -266,6 +269,35 @@ test('an element or attribute that does not belong there is found anywhere', (t)
       column: (before.at(-1)?.length ?? 0) + 2,
     });
     t.regex(error?.message ?? '', /unknown attribute wrong/);
+  }
+});
+
+test('whatever is typed into it, what we accept the schema accepts', async (t) => {
+  const edit = fc.tuple(
+    fc.nat({ max: FULL.length - 1 }),
+    fc.constantFrom(...'<>/"\'=& -0a\n', 'yes', '<log/>', 'name="a"', ''),
+    fc.nat({ max: 3 }),
+  );
+  const accepted: string[] = [];
+  fc.assert(
+    fc.property(fc.array(edit, { minLength: 1, maxLength: 2 }), (edits) => {
+      let xml = FULL;
+      for (const [at, text, removed] of edits) {
+        xml = xml.slice(0, at) + text + xml.slice(at + removed);
+      }
+      try {
+        parse(xml);
+        accepted.push(xml);
+      } catch (error) {
+        t.true(error instanceof XmlError, String(error));
+      }
+    }),
+    { numRuns: 1500 },
+  );
+  t.true(accepted.length > 100, 'many edits are in comments');
+  const found = await violations(t, accepted);
+  for (const [index, violation] of found.entries()) {
+    t.is(violation, '', accepted[index]);
   }
 });
 
