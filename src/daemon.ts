@@ -29,6 +29,7 @@ import { type Disk, openControl } from './disks.ts';
 import { explain, reasonWords, StillblockError } from './errors.ts';
 import { EventBus } from './events.ts';
 import type { Folders } from './folders.ts';
+import { linkImages, type NamedImage } from './image-links.ts';
 import { type Measured, type MetricsServer, NO_FIGURES, startMetrics } from './metrics.ts';
 import type { ControlDevice, ModuleInfo } from './native.ts';
 import { ReleaseStack } from './release-stack.ts';
@@ -95,6 +96,7 @@ export class Daemon implements BackupHost {
   readonly events: EventBus = new EventBus();
   readonly checkpoints: CheckpointStore;
   readonly #log: Logger;
+  readonly #run: string;
   readonly #stack = new ReleaseStack();
   readonly #sessions = new Map<string, BackupSession>();
   readonly #claimed = new Map<DeviceNumber, { readonly disk: Disk; readonly by: BackupSession }>();
@@ -127,6 +129,7 @@ export class Daemon implements BackupHost {
   ) {
     this.#readSettings = readSettings;
     this.checkpoints = new CheckpointStore(folders);
+    this.#run = folders.run;
     this.#log = log;
     this.#solo = solo;
   }
@@ -524,6 +527,10 @@ export class Daemon implements BackupHost {
         this.#claimed.delete(number);
       }
     };
+  }
+
+  linkImages(checkpoint: string, images: readonly NamedImage[]): Promise<() => Promise<void>> {
+    return linkImages(this.#run, checkpoint, images, this.#log);
   }
 
   async serverFor(request: ServerRequest | undefined): Promise<BackupServer> {

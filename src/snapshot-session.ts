@@ -43,6 +43,7 @@ import {
 import { EXIT, exitCodeOf, explain, reasonWords, StillblockError, usageError } from './errors.ts';
 import { beGentle } from './gentle.ts';
 import { type Hook, withHooks } from './hooks.ts';
+import type { NamedImage } from './image-links.ts';
 import { startMetrics } from './metrics.ts';
 import { type FileSystem, fileSystemsOn, openFileSystem, readFileSystems } from './mounts.ts';
 import {
@@ -112,6 +113,8 @@ export interface BackupHost {
    * @throws StillblockError if one is in another backup
    */
   claim(disks: readonly Disk[], by: BackupSession): () => void;
+  /** Gives images names in /dev, and returns what takes them back. */
+  linkImages(checkpoint: string, images: readonly NamedImage[]): Promise<() => Promise<void>>;
   /** The server that is asked for. Whoever got it closes it. */
   serverFor(request: ServerRequest | undefined): Promise<BackupServer>;
 }
@@ -438,6 +441,11 @@ export class BackupSession {
       earlier,
       taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name, device: disk.number })),
     );
+    const images = taken.disks.map(({ disk, image }) => ({
+      device: image.diskName,
+      disk: disk.name,
+    }));
+    this.#stack.push(await this.#host.linkImages(this.checkpoint, images));
     await this.#serve(taken, earlier, server);
   }
 
