@@ -3,7 +3,7 @@
  * Names for images: /dev/disk/by-snapshot/CHECKPOINT/DISK. udev makes these links
  * (configs/udev), of what we leave for it in the run folder.
  */
-import { mkdir, rm, writeFile } from 'node:fs/promises';
+import { mkdir, rm, rmdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Logger } from 'pino';
 
@@ -41,5 +41,7 @@ export async function linkImages(
   }
   return async () => {
     await Promise.all(files.map((file) => rm(file, { force: true })));
+    // Another backup's may be in it.
+    await rmdir(folder).catch(() => {});
   };
 }

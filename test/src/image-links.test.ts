@@ -20,8 +20,12 @@ test('udev is told whose image it is, by a change, and nothing is left', async (
     'STILLBLOCK_CHECKPOINT=a.1\nSTILLBLOCK_DISK=vg-root\n',
   );
   t.is(await readFile(uevent, 'utf8'), 'change');
+  const other = [{ device: 'stillblock4', disk: 'a' }];
+  const undoOther = await linkImages(join(root, 'run'), 'b', other, log, join(root, 'sys'));
   await undo();
-  t.deepEqual(await readdir(join(root, 'run/images')), []);
+  t.deepEqual(await readdir(join(root, 'run/images')), ['stillblock4']);
+  await undoOther();
+  t.deepEqual(await readdir(join(root, 'run')), []);
 });
 
 test('where it cannot be told, that is said, and no more', async (t) => {
@@ -32,5 +36,5 @@ test('where it cannot be told, that is said, and no more', async (t) => {
   const undo = await linkImages(join(root, 'run'), 'a', images, log, join(root, 'sys'));
   t.like(said[0], { level: 40, msg: 'images have no links' });
   await undo();
-  t.deepEqual(await readdir(join(root, 'run/images')), []);
+  t.deepEqual(await readdir(join(root, 'run')), []);
 });
