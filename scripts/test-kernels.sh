@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# The tests of test/kernels, and the scenario, on each kernel, after
-# `scripts/setup.sh KERNEL...`; two guests side by side.
+# The tests of test/kernels, and the scenario, each on the kernels that have
+# anything to say of it, after `scripts/setup.sh KERNEL...`; two guests side by
+# side.
 #
 #   scripts/test-kernels.sh [KERNEL]...      (default: all)
 #
@@ -55,8 +56,9 @@ for kernel in $(printf '%s\n' "$@" | sort -r); do
     for file in "${files[@]}"; do
         # Allocations can be made to fail on that one alone.
         [[ $kernel = debug || $file != */memory.test.js ]] || continue
-        # `npm test` has shown it on this one.
-        [[ $kernel != 6.1 || $file != */scenario.test.js ]] || continue
+        # `npm test` has shown it on 6.1, and the checkers' kernel is for the
+        # module: the product around it would take ten minutes there.
+        [[ $kernel != 6.1 && $kernel != debug || $file != */scenario.test.js ]] || continue
         printf '%s %s %s\n' "$results" "$kernel" "$file"
     done
 done >"$folder/runs"
