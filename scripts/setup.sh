@@ -15,6 +15,8 @@ cd "$checkout"
 packages=(
     # building the module (objtool is linked with libelf1), addon and kernels' trees
     gcc-12 gcc g++ make cmake sparse libelf1 kmod perl xz-utils zstd
+    # the sanitizers and the fuzzer of the native engine
+    clang-14 clang libclang-rt-14-dev
     # guests
     qemu-system-x86 busybox-static util-linux python3
     # what runs inside the guests, whose root is this machine's

@@ -5,6 +5,7 @@ import type { Bandwidth } from '../nbd/bandwidth.ts';
 import type { Export } from '../nbd/export.ts';
 import type { Logger } from '../nbd/logger.ts';
 import { type InheritedSocket, type ListenAddress, NbdServer } from '../nbd/server.ts';
+import { chooseEngine } from './engine.ts';
 import { StillblockError } from './errors.ts';
 import { explainListen } from './listen.ts';
 import type { NbdFigures } from './metrics.ts';
@@ -53,7 +54,11 @@ export class SharedServer {
   readonly #names = new Set<string>();
 
   private constructor(security: Security | undefined, rates: Rates, logger: Logger) {
-    this.#server = new NbdServer({ logger, ...security?.options });
+    this.#server = new NbdServer({
+      logger,
+      engine: chooseEngine(undefined, logger),
+      ...security?.options,
+    });
     this.#security = security;
     this.#caps = new RateCaps(rates);
     this.#logger = logger;

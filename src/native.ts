@@ -257,7 +257,10 @@ let loaded: Addon | undefined;
 
 /** Loads the addon when it is first needed, so that what needs none works without it. */
 function addon(): Addon {
-  const path = fileURLToPath(new URL('../../build/native/stillblock.node', import.meta.url));
+  // The other one is instrumented; see scripts/sanitize.sh.
+  const path =
+    process.env['STILLBLOCK_ADDON'] ??
+    fileURLToPath(new URL('../../build/native/stillblock.node', import.meta.url));
   loaded ??= createRequire(import.meta.url)(path) as Addon;
   return loaded;
 }

@@ -6,6 +6,7 @@ import { NBD_STATE_HOLE, NBD_STATE_ZERO } from '../../nbd/constants.ts';
 import { type DiskOptions, diskExports, openFileSource } from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import type { NbdServer } from '../../nbd/server.ts';
+import { nativeEngine } from '../../src/engine.ts';
 import { folder, type World, world } from '../nbd/world.ts';
 import { writeSparse } from './clients.ts';
 
@@ -52,7 +53,9 @@ export async function serveDisk(t: ExecutionContext, content: DiskContent): Prom
     ),
     checkpoints: content.checkpoints ?? [],
   });
-  const made = await world(t, exports);
+  // See native-engine.ts.
+  const engine = process.env['STILLBLOCK_TEST_ENGINE'] === 'native' ? nativeEngine() : undefined;
+  const made = await world(t, exports, {}, { engine });
   // Runs before the server's own teardown, which does no harm a second time.
   t.teardown(() => made.server.close().then(() => source.close()));
   const listening = await made.server.listen({ host: '127.0.0.1', port: 0 });

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { type ConnectionOptions, connect as connectTls } from 'node:tls';
 import type { ExecutionContext } from 'ava';
 import type { Access } from '../../nbd/access.ts';
+import type { SocketEngineFactory } from '../../nbd/engine.ts';
 import type { BlockSource, Export } from '../../nbd/export.ts';
 import { ExtentMap } from '../../nbd/extents.ts';
 import type { Limits } from '../../nbd/limits.ts';
@@ -182,11 +183,15 @@ export async function world(
   t: ExecutionContext,
   exports: Export[],
   limits: Partial<Limits> = {},
-  security: { security?: SecurityOptions; access?: Access } = {},
+  more: {
+    security?: SecurityOptions;
+    access?: Access;
+    engine?: SocketEngineFactory | undefined;
+  } = {},
 ): Promise<World> {
   const path = join(await folder(t), 'nbd.sock');
   const log = new KeptLog();
-  const server = new NbdServer({ logger: log, limits, ...security });
+  const server = new NbdServer({ logger: log, limits, ...more });
   for (const offered of exports) {
     server.addExport(offered);
   }

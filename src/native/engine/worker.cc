@@ -179,6 +179,7 @@ void Worker::WaitForEvents() {
     }
     auto* connection = static_cast<Connection*>(tag);
     connection->OnReady(ready);
+    if (connection->closed()) continue;
     Enqueue(connection);
     if (ready & EPOLLIN) last_active_ = connection;
   }

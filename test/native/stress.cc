@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Clients in several threads, right and hostile, that leave or are closed at any moment, against
+// the engine's core. For the sanitizers: stress MESSAGES SEED.
+#include <pthread.h>
+
+#include "harness.h"
+
+namespace {
+
+using engine::Headers;
+using harness::Random;
+
+constexpr int kClients = 6;
+
+std::atomic<uint64_t> messages = 0;
+std::atomic<uint64_t> replies = 0;
+uint64_t wanted = 0;
+
+struct Client {
+  harness::World* world;
+  uint64_t seed;
+};
+
+engine::Request RandomRequest(Random& random, uint64_t cookie, bool payloads) {
+  static constexpr uint16_t kTypes[] = {0, 0, 0, 0, 0, 0, 7, 7, 3, 4, 5, 6};
+  static constexpr uint16_t kFlags[] = {0, 0, 0, 0, 4, 8, 1, 0x20};
+  static constexpr uint64_t kLengths[] = {512, 4096, 4096, 30'000, 70'000, 300'000, 2'000'000};
+  engine::Request request = {};
+  request.type = kTypes[random.Below(12)];
+  request.flags = kFlags[random.Below(payloads ? 8 : 7)];
+  request.cookie = cookie;
+  request.length = random.Below(kLengths[random.Below(7)]);
+  request.offset = random.Below(harness::kSize - std::min(request.length, harness::kSize - 1));
+  if (random.Once(20)) request.offset = random.Next() >> random.Below(64);
+  if (random.Once(20)) request.length = random.Next() >> random.Below(64);
+  if (random.Once(40)) request.type = static_cast<uint16_t>(8 + random.Below(1000));
+  return request;
+}
+
+void Play(harness::World& world, Random& random) {
+  auto headers = static_cast<Headers>(random.Below(3));
+  const int served = static_cast<int>(random.Below(harness::World::kExports));
+  const size_t count = 1 + random.Below(random.Once(4) ? 400 : 40);
+  std::vector<engine::Request> asked;
+  std::vector<uint8_t> bytes;
+  // What is a payload to the server would be requests to us.
+  const bool payloads = random.Once(4);
+  bool in_step = !payloads;
+  for (size_t i = 0; i < count; i++) {
+    engine::Request request = RandomRequest(random, i, payloads);
+    if (headers != Headers::kExtended) request.length &= 0xffffffff;
+    harness::Append(bytes, request, headers);
+    asked.push_back(request);
+  }
+  if (random.Once(10)) {
+    in_step = false;
+    bytes[random.Below(bytes.size())] ^= static_cast<uint8_t>(1 + random.Below(255));
+  }
+  std::vector<uint8_t> first;
+  if (random.Once(3)) {
+    size_t size = random.Below(bytes.size());
+    first.assign(bytes.begin(), bytes.begin() + static_cast<ptrdiff_t>(size));
+    bytes.erase(bytes.begin(), bytes.begin() + static_cast<ptrdiff_t>(size));
+  }
+  uint64_t id = 0;
+  UniqueFd socket = world.Connect(served, headers, std::move(first), random.Once(3), &id);
+  if (random.Once(15)) world.Drain(id);
+  if (random.Once(30)) world.Destroy(id);
+  harness::Checker checker(headers, std::move(asked));
+  const bool leave = random.Once(6);
+  harness::Converse(std::move(socket), bytes, random, in_step ? &checker : nullptr, leave);
+  messages.fetch_add(count);
+  replies.fetch_add(checker.taken());
+}
+
+void* RunClient(void* given) {
+  auto* client = static_cast<Client*>(given);
+  Random random(client->seed);
+  while (messages.load() < wanted) Play(*client->world, random);
+  return nullptr;
+}
+
+void Run(bool ring, uint64_t seed) {
+  harness::World world(ring);
+  Client clients[kClients];
+  pthread_t threads[kClients];
+  for (int i = 0; i < kClients; i++) {
+    clients[i] = {&world, seed * kClients + static_cast<uint64_t>(i)};
+    harness::Require(pthread_create(&threads[i], nullptr, RunClient, &clients[i]) == 0, "thread");
+  }
+  for (pthread_t thread : threads) pthread_join(thread, nullptr);
+  // The engine ends with connections that have just begun.
+  std::vector<UniqueFd> left;
+  for (int i = 0; i < 4; i++) {
+    std::vector<uint8_t> bytes;
+    for (uint64_t cookie = 0; cookie < 100; cookie++) {
+      harness::Append(bytes, {.flags = 0, .type = 0, .cookie = cookie, .offset = 0, .length = 2 << 20},
+                      Headers::kStructured);
+    }
+    left.push_back(world.Connect(i % 3, Headers::kStructured, std::move(bytes), i == 0));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);
+  const uint64_t total = argc > 1 ? strtoull(argv[1], nullptr, 10) : 20'000;
+  const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
+  for (bool ring : {true, false}) {
+    wanted += total / 2;
+    Run(ring, seed + ring);
+  }
+  printf("%llu messages, %llu replies\n", static_cast<unsigned long long>(messages.load()),
+         static_cast<unsigned long long>(replies.load()));
+  harness::Require(replies.load() > total / 4, "hardly anything was answered");
+  return 0;
+}
