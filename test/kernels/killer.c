@@ -3,6 +3,8 @@
  * Preloaded into a program, it kills that program as SIGKILL does, at a chosen
  * one of the calls that make up the begin of a backup: KILL_AT=3 kills it
  * before the third. KILL_LOG names a file that gets a line for each call.
+ * KILL_FILE names a file that may come later: when it holds "rename 1", the
+ * program is killed before its second rename from then on.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,13 +24,35 @@
 
 static atomic_uint calls;
 
+/* Ends the program if the file asks for it; else counts this call there. */
+static void ask_file(const char *path, const char *name)
+{
+	char wanted[32];
+	unsigned int skip;
+	FILE *file = fopen(path, "r+");
+
+	if (!file)
+		return;
+	if (fscanf(file, "%31s %u", wanted, &skip) == 2 &&
+	    !strcmp(wanted, name)) {
+		if (!skip)
+			raise(SIGKILL);
+		rewind(file);
+		fprintf(file, "%s %u\n", wanted, skip - 1);
+	}
+	fclose(file);
+}
+
 static void step(const char *name, unsigned long detail)
 {
+	const char *path = getenv("KILL_FILE");
 	const char *at = getenv("KILL_AT"), *log = getenv("KILL_LOG");
 	unsigned int number = atomic_fetch_add(&calls, 1) + 1;
 	char line[64];
 	int fd;
 
+	if (path)
+		ask_file(path, name);
 	if (log) {
 		fd = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 		snprintf(line, sizeof(line), "%u %s %lx\n", number, name,
@@ -84,4 +108,12 @@ int rename(const char *from, const char *to)
 
 	step("rename", 0);
 	return next(from, to);
+}
+
+int unlink(const char *path)
+{
+	int (*next)(const char *) = dlsym(RTLD_NEXT, "unlink");
+
+	step("unlink", 0);
+	return next(path);
 }

@@ -5,6 +5,7 @@
 
 import { join } from 'node:path';
 import test from 'ava';
+import { buildTool } from '../kernels/world.ts';
 import { checkout } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
 import { bootGuest, type Guest } from './guest.ts';
@@ -153,12 +154,184 @@ test.serial('of different disks they get two snapshots', async (t) => {
   t.deepEqual((await ask('GET', '/v1/exports')).body, { exports: [] });
 });
 
+test.serial("libvirt's XML begins a backup, and is told what came of it", async (t) => {
+  const document = `<domainbackup mode='pull'><incremental>monday</incremental>
+    <server transport='unix' socket='/run/xml.sock'/>
+    <disks><disk name='system' exportname='vda' type='file'><driver type='qcow2'/></disk></disks></domainbackup>`;
+  const { stdout } = await guest.run(
+    `curl -s -H 'content-type: application/xml' --data-binary ${shellQuote(document)} -w '\n%{http_code}\n' --unix-socket ${socket} 'http://localhost/v1/backups?checkpoint=xml'`,
+    { timeoutMs: limitMs },
+  );
+  const { status, body } = readAnswer(stdout);
+  t.is(status, 201, stdout);
+  t.regex(body.xml.backup, /<disk name="system".*backupmode="incremental".*exportname="vda"/s);
+  t.regex(body.xml.warnings.join(), /driver/);
+  t.regex(body.store.why, /./);
+  const { stdout: map } = await guest.run(
+    `nbdinfo --map=qemu:dirty-bitmap:backup-system 'nbd+unix:///vda?socket=/run/xml.sock'`,
+  );
+  t.regex(map, /dirty|clean/);
+  const changes = await ask('GET', '/v1/backups/xml/changes/system?since=monday');
+  t.like(changes.body, { disk: 'system', since: 'monday', checkpoint: 'xml' });
+  t.is((await ask('DELETE', '/v1/backups/xml')).status, 200);
+});
+
+test.serial('a configuration that is wrong changes nothing, a right one does', async (t) => {
+  const write = (devices: string): Promise<unknown> =>
+    guest.run(`echo '<stillblock>${devices}</stillblock>' >/etc/stillblock/stillblock.xml`);
+  await write('<devices><device path="/dev/null" nam="x"/></devices>');
+  const wrong = await ask('POST', '/v1/reload');
+  t.is(wrong.body.error.code, 'BAD_CONFIGURATION');
+  t.regex(wrong.body.error.message, /stillblock.xml:1:\d+/);
+  await guest.run(
+    `set -e; printf '#!/bin/sh\\necho $1 >>/run/hooked\\n' >/run/hook; chmod 755 /run/hook`,
+  );
+  await write(
+    `<hooks><hook name="log" script="/run/hook"/></hooks><devices><device path="${one}" name="system"/><device path="${two}" name="data"/><device path="/dev/absent"/></devices>`,
+  );
+  const events = guest.start(
+    `exec curl -sN -H 'last-event-id: 0' --unix-socket ${socket} http://localhost/v1/events`,
+  );
+  daemon.kill(1);
+  await events.waitForOutput(/event: reloaded/, limitMs);
+  t.regex(events.stdout, /event: reload-failed/);
+  t.regex(events.stdout, /event: device-missing/);
+  events.kill(15);
+  const { body } = await ask('GET', '/v1/devices');
+  t.deepEqual(
+    body.devices.map(({ name }: { name: string }) => name),
+    ['system', 'data'],
+  );
+  t.deepEqual((await ask('GET', '/v1/status')).body.missingDevices, ['/dev/absent']);
+});
+
+test.serial('killed at any step, it comes up right again', async (t) => {
+  t.timeout(10 * 60_000);
+  const killer = await buildTool('killer');
+  const histories = async (): Promise<string[]> =>
+    (await ask('GET', '/v1/devices')).body.devices.map(
+      ({
+        name,
+        generation,
+        inSnapshot,
+      }: {
+        name: string;
+        generation: string;
+        inSnapshot: boolean;
+      }) => `${name} ${generation} ${inSnapshot}`,
+    );
+  const before = await histories();
+  const armed = `LD_PRELOAD=${shellQuote(killer)} KILL_FILE=/run/kill`;
+  daemon.kill(9);
+  await daemon.wait(limitMs);
+  // What is asked, where it is killed, and whether the checkpoint is there afterwards.
+  const points = [
+    ['begin before the take', 'ioctl 1', curl('POST', '/v1/backups', begin('killed', one)), false],
+    ['begin after the take', 'ioctl 2', curl('POST', '/v1/backups', begin('killed', one)), false],
+    [
+      'the checkpoint is written',
+      'fsync 0',
+      curl('POST', '/v1/backups', begin('killed', one)),
+      false,
+    ],
+    [
+      'the checkpoint is staged',
+      'rename 0',
+      curl('POST', '/v1/backups', begin('killed', one)),
+      false,
+    ],
+    ['the checkpoint is kept', 'fsync 1', curl('POST', '/v1/backups', begin('killed', one)), true],
+    ['a checkpoint is deleted', 'unlink 0', curl('DELETE', '/v1/checkpoints/killed'), true],
+    ['a checkpoint has been deleted', 'fsync 0', curl('DELETE', '/v1/checkpoints/killed'), false],
+    ['the configuration is read again', 'ioctl 0', curl('POST', '/v1/reload'), false],
+  ] as const;
+  daemon = await startDaemon(armed);
+  for (const [what, point, request, kept] of points) {
+    await guest.run(`echo ${point} >/run/kill; ${request}; rm /run/kill`, {
+      timeoutMs: limitMs,
+      check: false,
+    });
+    t.is((await daemon.wait(limitMs)).code, 137, what);
+    daemon = await startDaemon(armed);
+    const { body } = await ask('GET', '/v1/checkpoints');
+    const names = body.checkpoints.map(({ name }: { name: string }) => name);
+    t.is(names.includes('killed'), kept, `${what}: ${names}`);
+    t.true(names.includes('monday'), what);
+    t.deepEqual(body.broken, [], what);
+    t.deepEqual(await histories(), before, what);
+    await guest.run(
+      `! ls /dev/stillblock[0-9]* 2>/dev/null; [ -z "$(ls -A /var/lib/stillblock/checkpoints | grep '^\\.')" ]`,
+    );
+  }
+  const again = await ask('POST', '/v1/backups', begin('killed', one));
+  t.is(again.status, 201);
+  const { incremental } = again.body.disks[0];
+  t.true(incremental.includes('monday'), JSON.stringify(again.body.disks));
+  daemon.kill(9);
+  await daemon.wait(limitMs);
+  await guest.run('until ! ls /dev/stillblock[0-9]* >/dev/null 2>&1; do sleep 0.1; done');
+});
+
+test.serial('no checkpoint is lost when there is no room for one more', async (t) => {
+  await guest.run(
+    `set -e; mkdir -p /run/tiny; mount -t tmpfs -o size=20k tmpfs /run/tiny
+    sed -i 's|<stillblock>|<stillblock><folders state="/run/tiny"/>|' /etc/stillblock/stillblock.xml`,
+  );
+  daemon = await startDaemon();
+  const made: string[] = [];
+  let refused: Answer | undefined;
+  for (let index = 1; refused === undefined && index < 20; index += 1) {
+    const answer = await ask('POST', '/v1/checkpoints', { name: `c${index}` });
+    if (answer.status === 201) {
+      made.push(`c${index}`);
+    } else {
+      refused = answer;
+    }
+  }
+  t.is(refused?.status, 507, JSON.stringify(refused?.body));
+  t.true(made.length > 1);
+  const list = async (): Promise<string[]> => {
+    const { body } = await ask('GET', '/v1/checkpoints');
+    t.deepEqual(body.broken, []);
+    return body.checkpoints.map(({ name }: { name: string }) => name);
+  };
+  t.deepEqual(await list(), made);
+  t.is((await ask('DELETE', '/v1/checkpoints/c1')).status, 200);
+  t.is((await ask('POST', '/v1/checkpoints', { name: 'more' })).status, 201);
+  t.deepEqual(await list(), [...made.slice(1), 'more']);
+  await guest.run(
+    `sed -i 's|<stillblock>|<stillblock><checkpoints keep="2"/>|' /etc/stillblock/stillblock.xml`,
+  );
+  t.is((await ask('POST', '/v1/reload')).status, 200);
+  await ask('DELETE', '/v1/checkpoints/c2');
+  t.is((await ask('POST', '/v1/checkpoints', { name: 'newest' })).status, 201);
+  t.deepEqual(await list(), ['more', 'newest'], 'only so many are kept');
+});
+
 test.serial('it ends cleanly, and its devices stay tracked', async (t) => {
   t.is((await ask('POST', '/v1/backups', begin('last', one))).status, 201);
   daemon.kill(15);
   const { code, stdout } = await daemon.wait(limitMs);
   t.is(code, 0, stdout);
   await guest.run(`! ls /dev/stillblock[0-9]* && ! [ -e ${socket} ]`);
-  const { stdout: listed } = await guest.run(`${cli} device list --json`, { timeoutMs: limitMs });
-  t.is(JSON.parse(listed).devices.length, 2);
+});
+
+test.serial('without it a backup is held by its command, which another ends', async (t) => {
+  const alone = guest.start(
+    `exec ${cli} backup begin --json --checkpoint alone --store memory --store-size 16M`,
+  );
+  const [line] = await alone.waitForOutput(/^\{.*"event":"serving".*\}$/m, limitMs);
+  t.is(JSON.parse(line).disks.length, 2);
+  const second = await ask('POST', '/v1/backups', begin('second', one));
+  t.like(second, { status: 409, body: { error: { code: 'BACKUP_RUNNING' } } });
+  const { code, stderr } = await guest.run(`${cli} serve`, { check: false, timeoutMs: limitMs });
+  t.is(code, 1);
+  t.regex(stderr, /another backup is running already \(checkpoint alone\)/);
+  const { stdout: hooked } = await guest.run('tail -n2 /run/hooked');
+  t.is(hooked, 'before\nafter\n');
+  t.is((await ask('DELETE', '/v1/backups/alone')).status, 200);
+  const { code: ended, stdout } = await alone.wait(limitMs);
+  t.is(ended, 0);
+  t.regex(stdout, /"event":"ended"/);
+  await guest.shutdown();
 });
