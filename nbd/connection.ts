@@ -10,6 +10,7 @@
  * ```
  */
 import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { type Identity, nameOf, PLAIN } from './access.ts';
 import { type BufferPool, ConnectionBudget, type SharedBudget } from './budget.ts';
 import type { ServedSocket, SocketEngine } from './engine.ts';
@@ -26,7 +27,7 @@ import {
 } from './handshake.ts';
 import type { Limits } from './limits.ts';
 import type { Logger } from './logger.ts';
-import type { TlsAcceptor, TlsSession } from './tls.ts';
+import { CLIENT_LEFT, type DetachedTls, type TlsAcceptor, type TlsSession } from './tls.ts';
 import { Transmission } from './transmission.ts';
 import { encodeGreeting } from './wire.ts';
 
@@ -52,7 +53,7 @@ export interface ConnectionHost {
 
 export class Connection {
   /** What is spoken on: the client's socket, or TLS on top of it. */
-  #socket: Socket;
+  #socket: Duplex;
   readonly #host: ConnectionHost;
   #logger: Logger;
   #phase: 'handshake' | 'transmission' | 'handedOver' | 'ending' | 'closed' = 'handshake';
@@ -60,6 +61,8 @@ export class Connection {
 
   #handshake: HandshakeState = HANDSHAKE_START;
   #client: Identity = PLAIN;
+  /** Parts the socket from TLS, for the engine. */
+  #detach: (() => DetachedTls) | undefined;
   /** Received in the handshake and not consumed. */
   #received: Buffer[] = [];
   #receivedBytes = 0;
@@ -203,8 +206,7 @@ export class Connection {
   #onClose(): void {
     clearTimeout(this.#timer);
     if (this.#phase === 'handshake' && this.#handshake.phase === 'startingTls') {
-      const reason = 'TLS: client left; it may not trust our certificate';
-      this.#logger.warn({ reason }, 'connection dropped');
+      this.#logger.warn({ reason: CLIENT_LEFT }, 'connection dropped');
     }
     this.#phase = 'closed';
     this.#received = [];
@@ -266,7 +268,8 @@ export class Connection {
    * has arrived by then was sent in plain text, by whomever: it is thrown away.
    */
   #startTls(acknowledgement: Buffer): void {
-    const socket = this.#socket;
+    // Until now there is nothing else.
+    const socket = this.#socket as Socket;
     const { tls } = this.#host;
     if (tls === undefined) {
       throw new Error('TLS was agreed on where there is none');
@@ -297,13 +300,14 @@ export class Connection {
     });
   }
 
-  #onTls({ stream, client, protocol, cipher }: TlsSession): void {
+  #onTls({ stream, client, protocol, cipher, detach }: TlsSession): void {
     if (this.#phase !== 'handshake') {
       stream.destroy();
       return;
     }
     this.#socket = stream;
     this.#client = client;
+    this.#detach = detach;
     this.#handshake = afterTls(this.#handshake);
     this.#blocked = false;
     const name = nameOf(client);
@@ -324,7 +328,7 @@ export class Connection {
     const { headers } = agreement;
     this.#logger.info({ headers, contexts }, 'client is served');
     this.#host.onTransmission(this);
-    const plain = !('encrypted' in this.#socket);
+    const plain = !this.#handshake.secure || this.#detach !== undefined;
     if (
       this.#host.engine === undefined ||
       !plain ||
@@ -346,8 +350,9 @@ export class Connection {
   #handOver(agreement: Agreement): boolean {
     const socket = this.#socket;
     const { engine } = this.#host;
+    const detached = this.#detach?.();
     // Node has no word for it, but every plain socket of every version has it.
-    const handle = (socket as { _handle?: { fd?: number } })._handle;
+    const handle = ((detached?.socket ?? socket) as { _handle?: { fd?: number } })._handle;
     if (handle?.fd === undefined || handle.fd < 0) {
       return false;
     }
@@ -360,6 +365,7 @@ export class Connection {
       descriptor: handle.fd,
       agreement,
       received: this.#received[0] ?? Buffer.alloc(0),
+      ...(detached !== undefined && { tls: detached.session }),
       onClosed: (reason, peersFault) => {
         if (reason === undefined) {
           this.#logger.info({}, 'client is done');

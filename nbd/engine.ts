@@ -15,6 +15,8 @@ export interface Takeover {
   readonly agreement: Agreement;
   /** What the client has sent behind the handshake. */
   readonly received: Buffer;
+  /** TLS on the socket, from here on the engine's. */
+  readonly tls?: object;
   /**
    * The connection has ended, and nothing uses its export's source for it any more.
    *

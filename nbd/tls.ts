@@ -9,10 +9,10 @@ import {
   randomBytes,
   X509Certificate,
 } from 'node:crypto';
-import type { Socket } from 'node:net';
-import { isIPv4 } from 'node:net';
+import { isIPv4, type Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
 import { createServer, type SecureContextOptions, type Server, type TLSSocket } from 'node:tls';
-import { type AlternativeName, ANONYMOUS, type Identity } from './access.ts';
+import { type AlternativeName, ANONYMOUS, type Identity, nameOf } from './access.ts';
 
 /** Whether TLS can't be had, may be had, or must be had. */
 export type TlsMode = 'off' | 'on' | 'require';
@@ -36,10 +36,21 @@ export interface TlsCredentials {
 
 /** A connection within TLS. */
 export interface TlsSession {
-  readonly stream: Socket;
+  readonly stream: Duplex;
   readonly client: Identity;
   readonly protocol: string;
   readonly cipher: string;
+  /**
+   * Ends the stream's hold on its socket, for an engine that goes on with both. What the stream
+   * has decrypted is still to be read from it.
+   */
+  readonly detach?: () => DetachedTls;
+}
+
+/** A socket, and TLS on it as an engine knows it. */
+export interface DetachedTls {
+  readonly socket: Socket;
+  readonly session: object;
 }
 
 /** Begins TLS on sockets. */
@@ -50,19 +61,30 @@ export interface TlsAcceptor {
    * @throws TlsRefusal if the client does not agree with us, or is not who it must be
    */
   accept(socket: Socket): Promise<TlsSession>;
+  /**
+   * Has other credentials from now on. Connections that are there stay as they are.
+   *
+   * @throws Error if they are no good: then the ones before stay
+   */
+  replace(credentials: TlsCredentials): void;
 }
 
 /** Why there is no TLS with a client: its fault or ours, the log says whose word it is. */
 export class TlsRefusal extends Error {}
 
+/** Said of a client that is gone before TLS is there, without a word why. */
+export const CLIENT_LEFT = 'TLS: client left; it may not trust our certificate';
+
 /**
  * Ours first. All have forward secrecy and authenticated encryption. Those of TLS 1.3 with
  * SHA-256 stand first because only they go with pre-shared keys.
  */
-const CIPHERS = [
+export const SUITES: readonly string[] = [
   'TLS_AES_128_GCM_SHA256',
   'TLS_CHACHA20_POLY1305_SHA256',
   'TLS_AES_256_GCM_SHA384',
+];
+const CIPHERS = [
   'ECDHE-ECDSA-AES128-GCM-SHA256',
   'ECDHE-RSA-AES128-GCM-SHA256',
   'ECDHE-ECDSA-AES256-GCM-SHA384',
@@ -76,10 +98,16 @@ const PSK_CIPHERS = [
   'ECDHE-PSK-CHACHA20-POLY1305',
   'DHE-PSK-CHACHA20-POLY1305',
 ];
+/** The ciphers of TLS 1.2. */
+export function ciphersFor({ keys }: TlsCredentials): string[] {
+  return [...CIPHERS, ...(keys === undefined ? [] : PSK_CIPHERS)];
+}
+
 /** Of a key made up for a user whom we don't know, bytes. */
 const UNKNOWN_KEY_BYTES = 32;
 
-function contextOptions({ certificates, keys }: TlsCredentials): SecureContextOptions {
+function contextOptions(credentials: TlsCredentials): SecureContextOptions {
+  const { certificates } = credentials;
   const { SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_TICKET } = cryptoConstants;
   return {
     ...(certificates !== undefined && {
@@ -88,7 +116,7 @@ function contextOptions({ certificates, keys }: TlsCredentials): SecureContextOp
       ...(certificates.authorities !== undefined && { ca: certificates.authorities }),
       ...(certificates.revoked !== undefined && { crl: certificates.revoked }),
     }),
-    ciphers: [...CIPHERS, ...(keys === undefined ? [] : PSK_CIPHERS)].join(':'),
+    ciphers: [...SUITES, ...ciphersFor(credentials)].join(':'),
     dhparam: 'auto',
     honorCipherOrder: true,
     minVersion: 'TLSv1.2',
@@ -181,8 +209,8 @@ export function identityOf(certificate: X509Certificate): Identity {
 function refusalOf(error: Error): TlsRefusal {
   const { reason, code } = error as { reason?: string; code?: string };
   // OpenSSL's words, such as "unsupported protocol" and "tlsv1 alert unknown ca".
-  const words = reason ?? (code === 'ECONNRESET' ? 'client left' : error.message);
-  return new TlsRefusal(`TLS: ${words}`, { cause: error });
+  const words = code === 'ECONNRESET' ? CLIENT_LEFT : `TLS: ${reason ?? error.message}`;
+  return new TlsRefusal(words, { cause: error });
 }
 
 interface Handshake {
@@ -221,11 +249,6 @@ export class NodeTls implements TlsAcceptor {
     });
   }
 
-  /**
-   * Has other credentials from now on. Connections that are there stay as they are.
-   *
-   * @throws Error if they are no good: then the ones before stay
-   */
   replace(credentials: TlsCredentials): void {
     requireCredentials(credentials);
     if (
@@ -241,7 +264,7 @@ export class NodeTls implements TlsAcceptor {
   accept(socket: Socket): Promise<TlsSession> {
     return new Promise((resolve, reject) => {
       this.#handshakes.set(socket, { resolve, reject });
-      socket.once('close', () => reject(new TlsRefusal('TLS: client left')));
+      socket.once('close', () => reject(new TlsRefusal(CLIENT_LEFT)));
       // A client that says no more has left; once TLS is there it may be waiting for replies.
       socket.allowHalfOpen = false;
       // As Node documents it for sockets that come from elsewhere.
@@ -286,30 +309,52 @@ export class NodeTls implements TlsAcceptor {
     // No session is ever resumed, so in TLS 1.3 a "reused" one stands for a pre-shared key.
     const { name, standardName } = stream.getCipher();
     const byKey = stream.isSessionReused() || name.includes('PSK') || standardName.includes('PSK');
-    if (byKey && user !== undefined) {
-      return { kind: 'psk', user };
-    }
-    const { clientCertificates } = this.#credentials;
-    if (clientCertificates === 'none') {
-      return ANONYMOUS;
-    }
-    const certificate = stream.getPeerX509Certificate();
-    if (certificate === undefined) {
-      if (clientCertificates === 'required') {
-        throw new TlsRefusal('TLS: client has no certificate of an authority of ours');
-      }
-      return ANONYMOUS;
-    }
-    const client = identityOf(certificate);
-    if (!stream.authorized) {
-      const reason = stream.authorizationError as unknown;
-      throw new TlsRefusal(
-        `TLS: client's certificate is not good: ${certificateWords(String(reason))} ` +
-          `(${'subject' in client ? client.subject : ''})`,
-      );
-    }
-    return client;
+    const { authorizationError: problem } = stream as { authorizationError: unknown };
+    return judgeClient(this.#credentials, {
+      user: byKey ? user : undefined,
+      certificate: stream.getPeerX509Certificate(),
+      problem: stream.authorized ? undefined : String(problem),
+    });
   }
+}
+
+/** What a client has shown of itself. */
+export interface Shown {
+  /** The user whose key it knows. */
+  readonly user: string | undefined;
+  readonly certificate: X509Certificate | undefined;
+  /** OpenSSL's name for what is wrong with the certificate. */
+  readonly problem: string | undefined;
+}
+
+/**
+ * Decides who a client is.
+ *
+ * @throws TlsRefusal if it is nobody whom these credentials let in
+ */
+export function judgeClient(
+  { clientCertificates }: TlsCredentials,
+  { user, certificate, problem }: Shown,
+): Identity {
+  if (user !== undefined) {
+    return { kind: 'psk', user };
+  }
+  if (clientCertificates === 'none') {
+    return ANONYMOUS;
+  }
+  if (certificate === undefined) {
+    if (clientCertificates === 'required') {
+      throw new TlsRefusal('TLS: client has no certificate of an authority of ours');
+    }
+    return ANONYMOUS;
+  }
+  const client = identityOf(certificate);
+  if (problem !== undefined) {
+    throw new TlsRefusal(
+      `TLS: client's certificate is not good: ${certificateWords(problem)} (${nameOf(client)})`,
+    );
+  }
+  return client;
 }
 
 /** Words for OpenSSL's reasons not to believe a certificate. */

@@ -26,7 +26,8 @@ packages=(
     debootstrap bc bison flex libelf-dev
     # other people's NBD clients and servers, and checkers of formats
     qemu-utils qemu-system-common libnbd-bin python3-libnbd nbd-client nbdkit nbd-server socat curl libxml2-utils
-    # certificates and keys for TLS
+    # OpenSSL's headers, where Node comes without; certificates and keys for TLS
+    libssl-dev
     gnutls-bin openssl
     # socket activation by its own tool
     systemd

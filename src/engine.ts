@@ -98,14 +98,14 @@ class Engine implements SocketEngine {
   }
 
   serve(takeover: Takeover): ServedSocket | undefined {
-    const { agreement, descriptor, received } = takeover;
+    const { agreement, descriptor, received, tls } = takeover;
     const served = this.#idOf(agreement.export);
     if (served === undefined) {
       return undefined;
     }
     const contextIds = agreement.contexts.map(({ id }) => id);
     const headers = HEADERS[agreement.headers];
-    const id = this.#native.adopt(descriptor, served, headers, contextIds, received);
+    const id = this.#native.adopt(descriptor, served, headers, contextIds, received, tls);
     this.#connections.set(id, takeover);
     this.#keepAlive();
     return { drain: () => this.#native.drain(id) };

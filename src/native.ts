@@ -214,6 +214,7 @@ export interface NativeEngine {
     headers: 0 | 1 | 2,
     contextIds: readonly number[],
     received: Buffer,
+    tls?: object,
   ): number;
   drain(id: number): void;
   destroy(id: number): void;
@@ -243,6 +244,11 @@ interface Addon {
     options: NativeEngineOptions,
     onEvent: (event: NativeEngineEvent) => void,
   ) => NativeEngine;
+  /** Absent where Node hides its OpenSSL. */
+  readonly TlsContext?: new (
+    credentials: NativeTlsCredentials,
+  ) => object;
+  readonly TlsSession?: new (context: object) => NativeTlsSession;
   readonly constants: NativeConstants;
   openControl(): NativeControl;
   createStore(folder: string, sizeBytes: number): Promise<NativeStoreFile>;
@@ -455,6 +461,59 @@ export function notifyService(socket: string, text: string): void {
 }
 
 /** Starts the threads of an engine. Whoever opened it closes it. */
+/** What TLS begins with, PEM; see TlsCredentials in nbd/tls.ts. */
+export interface NativeTlsCredentials {
+  readonly certificate?: string;
+  readonly key?: string;
+  /** Clients are asked for a certificate of theirs. */
+  readonly authorities?: string;
+  readonly revoked?: string;
+  readonly ciphers: string;
+  readonly suites: string;
+  readonly keys?: readonly { readonly user: string; readonly key: Buffer }[];
+}
+
+/** Who is on the other side, once the handshake is complete. */
+export interface NativeTlsPeer {
+  readonly protocol: string;
+  readonly cipher: string;
+  /** Knows its pre-shared key. */
+  readonly user?: string;
+  /** DER. */
+  readonly certificate?: Buffer;
+  /** X509_V_OK is 0. */
+  readonly verifyError?: number;
+}
+
+/** TLS whose bytes JavaScript carries, until an engine takes it over with its socket. */
+export interface NativeTlsSession {
+  /** Bytes from the peer. */
+  feed(bytes: Buffer): void;
+  /** Whether the handshake is complete. Throws why there will be none. */
+  accept(): boolean;
+  /** What can be decrypted; null at the peer's end, undefined if there is nothing yet. */
+  read(): Buffer | null | undefined;
+  write(bytes: Buffer): void;
+  end(): void;
+  /** Bytes for the peer. */
+  takeOutput(): Buffer;
+  peer(): NativeTlsPeer;
+}
+
+/**
+ * Makes TLS sessions of the addon's; undefined if this Node hides its OpenSSL.
+ *
+ * @throws Error if the credentials are no good
+ */
+export function openTls(credentials: NativeTlsCredentials): (() => NativeTlsSession) | undefined {
+  const { TlsContext, TlsSession } = addon();
+  if (TlsContext === undefined || TlsSession === undefined) {
+    return undefined;
+  }
+  const context = new TlsContext(credentials);
+  return () => new TlsSession(context);
+}
+
 export function openEngine(
   options: NativeEngineOptions,
   onEvent: (event: NativeEngineEvent) => void,

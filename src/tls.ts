@@ -10,9 +10,11 @@ import type { Access } from '../nbd/access.ts';
 import { errorCode } from '../nbd/errors.ts';
 import type { Logger } from '../nbd/logger.ts';
 import type { SecurityOptions } from '../nbd/server.ts';
-import { NodeTls, type TlsCredentials, type TlsMode } from '../nbd/tls.ts';
+import { NodeTls, type TlsAcceptor, type TlsCredentials, type TlsMode } from '../nbd/tls.ts';
 import { AccessRulesError, parseAccessRules } from './access-rules.ts';
+import type { EngineChoice } from './engine.ts';
 import { StillblockError, usageError } from './errors.ts';
+import { nativeTls } from './native-tls.ts';
 import { errorLine, printJson } from './output.ts';
 
 /** Names of nbdkit, libvirt and QEMU in a client's folder of certificates. */
@@ -265,11 +267,11 @@ export function reportReload(error: StillblockError | undefined, json: boolean):
 /** TLS and rules of one server, from files that may change. */
 export class Security {
   readonly #plan: TlsPlan;
-  readonly #tls: NodeTls;
+  readonly #tls: TlsAcceptor;
   #certificates: TlsCredentials['certificates'];
   #access: Access;
 
-  private constructor(plan: TlsPlan, tls: NodeTls, { credentials, access }: Loaded) {
+  private constructor(plan: TlsPlan, tls: TlsAcceptor, { credentials, access }: Loaded) {
     this.#plan = plan;
     this.#tls = tls;
     this.#certificates = credentials.certificates;
@@ -279,14 +281,16 @@ export class Security {
   /**
    * Reads the files. Without TLS there is nothing to be read, and no security.
    *
+   * @param engine `typescript` has Node's own TLS; else it is the addon's, if there is one
    * @throws StillblockError that names the file
    */
-  static async open(plan: TlsPlan): Promise<Security | undefined> {
+  static async open(plan: TlsPlan, engine?: EngineChoice): Promise<Security | undefined> {
     if (plan.mode === 'off') {
       return undefined;
     }
     const loaded = await load(plan);
-    const tls = using(plan, () => new NodeTls(loaded.credentials));
+    const make = engine === 'typescript' ? undefined : await nativeTls();
+    const tls = using(plan, () => make?.(loaded.credentials) ?? new NodeTls(loaded.credentials));
     return new Security(plan, tls, loaded);
   }
 

@@ -317,7 +317,7 @@ function endingSignal(signals: readonly NodeJS.Signals[]): {
 }
 
 async function serve(plan: NbdPlan, options: NbdOptions, logger: Logger): Promise<void> {
-  const security = await Security.open(plan.tls);
+  const security = await Security.open(plan.tls, options.engine);
   const engine = chooseEngine(options.engine, logger);
   const server = new NbdServer({ logger, engine, ...security?.options });
   const sources: BlockSource[] = [];

@@ -40,6 +40,7 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
   ExportEngine(env, exports);
   ExportFiles(env, exports);
   ExportNotify(env, exports);
+  ExportTls(env, exports);
   return exports;
 }
 

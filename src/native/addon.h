@@ -19,4 +19,7 @@ void ExportFiles(Napi::Env env, Napi::Object exports);
 // Functions of notify.cc.
 void ExportNotify(Napi::Env env, Napi::Object exports);
 
+// The classes of tls_binding.cc, if this Node has OpenSSL for us.
+void ExportTls(Napi::Env env, Napi::Object exports);
+
 #endif  // STILLBLOCK_NATIVE_ADDON_H_

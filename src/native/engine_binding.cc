@@ -13,6 +13,7 @@
 #include "arguments.h"
 #include "engine/engine.h"
 #include "operation.h"
+#include "tls_binding.h"
 
 namespace {
 
@@ -271,7 +272,8 @@ class EngineWrap final : public Napi::ObjectWrap<EngineWrap> {
     return array;
   }
 
-  // adopt(fd, export, headers, contextIds, received): number. The descriptor stays the caller's.
+  // adopt(fd, export, headers, contextIds, received, tls?): number. The descriptor stays the
+  // caller's, a TLS session does not.
   Napi::Value Adopt(const Napi::CallbackInfo& info) {
     Arguments arguments(info.Env());
     UniqueFd fd(fcntl(arguments.Descriptor(info[0], "fd"), F_DUPFD_CLOEXEC, 0));
@@ -291,8 +293,19 @@ class EngineWrap final : public Napi::ObjectWrap<EngineWrap> {
     }
     if (!arguments.ok()) return {};
     auto received = info[4].As<Napi::Buffer<uint8_t>>();
+    std::unique_ptr<engine::Transport> transport;
+    if (info[5].IsUndefined()) {
+      transport = std::make_unique<engine::PlainTransport>(std::move(fd));
+    } else {
+      std::unique_ptr<engine::TlsSession> session = TakeTlsSession(info[5]);
+      if (!session) {
+        arguments.Refuse("tls");
+        return {};
+      }
+      transport = std::make_unique<engine::TlsTransport>(std::move(fd), std::move(session));
+    }
     uint64_t connection = held_->get().Adopt(
-        std::make_unique<engine::PlainTransport>(std::move(fd)), found->second.served,
+        std::move(transport), found->second.served,
         static_cast<engine::Headers>(headers), std::move(ids),
         std::vector<uint8_t>(received.Data(), received.Data() + received.Length()));
     return Napi::Number::New(info.Env(), static_cast<double>(connection));

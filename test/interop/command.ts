@@ -16,6 +16,23 @@ export interface Said {
   readonly message?: string;
 }
 
+/** Servers at a time, of one file's tests: more would only wait for the processor. */
+const MOST_SERVERS = 4;
+let running = 0;
+const waiting: (() => void)[] = [];
+
+async function takeTurn(): Promise<void> {
+  if (running >= MOST_SERVERS) {
+    await new Promise<void>((resolve) => waiting.push(resolve));
+  }
+  running += 1;
+}
+
+function giveTurn(): void {
+  running -= 1;
+  waiting.shift()?.();
+}
+
 /** Lines as they come, waited for by what is in them. */
 class Lines {
   readonly all: string[] = [];
@@ -68,9 +85,11 @@ export class Serving {
 
   /** Starts it, and waits until it serves. */
   static async start(t: ExecutionContext, ...args: string[]): Promise<Serving> {
+    await takeTurn();
     const child = spawn(process.execPath, [CLI, 'nbd', '--json', ...args], {
       stdio: ['ignore', 'pipe', 'pipe'],
     });
+    child.once('close', giveTurn);
     t.teardown(() => child.kill('SIGKILL'));
     const serving = new Serving(child);
     serving.#said = await serving.says('serving');
