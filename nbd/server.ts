@@ -166,6 +166,8 @@ export class NbdServer {
   readonly #security: SecurityOptions | undefined;
   readonly #access: Access;
   readonly #exports = new Map<string, Export>();
+  /** Offered no longer, while connections still end. */
+  readonly #removed = new Set<Export>();
   readonly #failed = new WeakSet<Export>();
   /** By name, also of exports that are gone: totals only grow. */
   readonly #figures = new Map<string, ExportFigures>();
@@ -241,6 +243,7 @@ export class NbdServer {
     const removed = this.#exports.get(name);
     if (removed !== undefined) {
       this.#exports.delete(name);
+      this.#removed.add(removed);
       await this.#drain((connection) => connection.export === removed);
       await this.#release(removed);
     }
@@ -383,12 +386,14 @@ export class NbdServer {
     for (const [name, figures] of this.#figures) {
       const total = emptyFigures();
       addFigures(total, figures);
-      const served = this.#exports.get(name);
-      const others = served === undefined ? undefined : this.#engine?.figures(served);
-      if (others !== undefined) {
+      all.set(name, total);
+    }
+    for (const served of [...this.#exports.values(), ...this.#removed]) {
+      const others = this.#engine?.figures(served);
+      const total = all.get(served.name);
+      if (others !== undefined && total !== undefined) {
         addFigures(total, others);
       }
-      all.set(name, total);
     }
     return all;
   }
@@ -396,6 +401,7 @@ export class NbdServer {
   /** Has the engine forget an export without connections, and keeps what it has counted. */
   async #release(removed: Export): Promise<void> {
     const counted = this.#engine?.figures(removed);
+    this.#removed.delete(removed);
     if (counted !== undefined) {
       addFigures(this.#figuresOf(removed), counted);
     }

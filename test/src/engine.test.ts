@@ -15,6 +15,7 @@ import { nativeEngine } from '../../src/engine.ts';
 import {
   be,
   CMD,
+  ERR,
   extendedRequest,
   folder,
   infoData,
@@ -23,6 +24,7 @@ import {
   pattern,
   RawClient,
   request,
+  soon,
   type World,
   world,
 } from '../nbd/world.ts';
@@ -44,6 +46,8 @@ const ENGINES: Record<string, SocketEngineFactory | undefined> = {
   native: nativeEngine(),
   'native without io_uring': nativeEngine({ ring: false }),
 };
+
+const ENGINES_NATIVE = { engine: nativeEngine() };
 
 interface Rival {
   readonly name: string;
@@ -348,3 +352,63 @@ for (const cut of [false, true]) {
     t.true(whole > 500, `${whole} replies compared`);
   });
 }
+
+test('a client that fetches nothing does not keep an export from going', async (t) => {
+  const path = await makeFile(t);
+  const [image] = await exportsOf(t, path);
+  const { server, connect, log } = await world(t, [image], { drainMs: 100 }, ENGINES_NATIVE);
+  const lazy = await connect();
+  await negotiate(lazy, 'structured', CONTEXTS);
+  lazy.socket.pause();
+  const asks = Array.from({ length: 100 }, (_, index) =>
+    request({ type: CMD.read, cookie: BigInt(index), length: 4 * MIB }),
+  );
+  lazy.send(...asks);
+  const witness = await connect();
+  await witness.go();
+  await witness.expectInStep();
+  await soon('the export to go', server.removeExport('disk'));
+  t.true(log.lines.some(({ level }) => level === 'warn'));
+  t.is(server.usage.bytesInFlight, 0);
+  t.is(server.usage.connections, 0);
+});
+
+test('a failed export says EIO on connections that are there and on new ones', async (t) => {
+  const path = await makeFile(t);
+  const { server, connect } = await world(t, [(await exportsOf(t, path))[0]], {}, ENGINES_NATIVE);
+  const early = await connect();
+  await negotiate(early, 'structured', CONTEXTS);
+  t.is((await early.ask({ type: CMD.read, length: 512 })).length, 1);
+  server.failExports();
+  const late = await connect();
+  await negotiate(late, 'structured', CONTEXTS);
+  for (const raw of [early, late]) {
+    t.is(await raw.askError({ type: CMD.read, length: 512 }), ERR.io);
+    t.is(await raw.askError({ type: CMD.read, offset: MIB, length: 65_536 }), ERR.io);
+    t.is(await raw.askError({ type: CMD.blockStatus, length: 512 }), ERR.io);
+    await raw.expectInStep();
+  }
+});
+
+test('what was counted is told, and stays when the export has gone', async (t) => {
+  const path = await makeFile(t);
+  const { server, connect } = await world(t, [(await exportsOf(t, path))[0]], {}, ENGINES_NATIVE);
+  const raw = await connect();
+  await negotiate(raw, 'structured', CONTEXTS);
+  await raw.ask({ type: CMD.read, length: 70_000 });
+  await raw.ask({ type: CMD.blockStatus, length: 70_000 });
+  await raw.askError({ type: CMD.trim, length: 1 });
+  raw.send(request({ type: CMD.disc }));
+  await soon('the end', raw.closed);
+  await soon('the export to go', server.removeExport('disk'));
+  const figures = server.figures.get('disk');
+  t.is(figures?.readBytes, 70_000);
+  for (const kind of ['read', 'block_status', 'other'] as const) {
+    t.is(
+      figures?.requests[kind].durations.reduce((sum, count) => sum + count, 0),
+      1,
+      kind,
+    );
+    t.is(figures?.requests[kind].errors, kind === 'other' ? 1 : 0);
+  }
+});
