@@ -135,13 +135,13 @@ test('a late script is killed with all that it has started, be they deaf', async
 trap '' TERM; (trap '' TERM; echo $BASHPID >>$trace; while :; do sleep 1; done) & while :; do sleep 1; done`;
   const begun = performance.now();
   await t.throwsAsync(
-    run([await hook('a', script, 700)], () => note('take')),
+    run([await hook('a', script, 3_000)], () => note('take')),
     {
       code: 'HOOK_TIMEOUT',
-      message: /longer than 0\.7 s with before/,
+      message: /longer than 3 s with before/,
     },
   );
-  t.true(performance.now() - begun < 15_000);
+  t.true(performance.now() - begun < 20_000);
   const pids = (await trace()).map(Number);
   t.is(pids.length, 3, 'the script, its child, the release');
   for (const pid of pids) {
@@ -153,7 +153,7 @@ test('a late script that listens to SIGTERM can clean up', async (t) => {
   const { hook, run, trace } = await world(t);
   const script = `[ $1 = before ] || exit 0; trap 'echo cleaned >>$trace; exit' TERM; sleep 30 & wait`;
   await t.throwsAsync(
-    run([await hook('a', script, 500)], () => Promise.resolve()),
+    run([await hook('a', script, 3_000)], () => Promise.resolve()),
     {
       code: 'HOOK_TIMEOUT',
     },
@@ -178,7 +178,7 @@ test('what does not let go is ended after a last deadline', async (t) => {
   const { hook, run, trace } = await world(t);
   const script = `[ $1 = before ] || exit 0
 (trap '' TERM; echo $BASHPID >>$trace; while :; do sleep 1; done) & exit 0`;
-  await run([await hook('a', script, 1_500)], () => Promise.resolve());
+  await run([await hook('a', script, 3_000)], () => Promise.resolve());
   // The script has ended before its child may have written anything.
   for (const until = Date.now() + 10_000; (await trace()).length === 0 && Date.now() < until; ) {
     await delay(20);
