@@ -31,7 +31,7 @@ build_one() {
     shift 2
     newer "$output/$name" && return
     mkdir -p "$output"
-    clang++ "${flags[@]}" "$@" "$source" src/native/engine/*.cc -o "$output/$name.new" ||
+    clang++ "${flags[@]}" "$@" "$source" src/native/engine/*.cc -lssl -lcrypto -o "$output/$name.new" ||
         die "$name does not build"
     mv "$output/$name.new" "$output/$name"
 }
