@@ -28,6 +28,7 @@ constexpr int kMostCredit = 16;
 // What an epoll event is about, if it is no connection.
 int wake_tag;
 int timer_tag;
+int ring_tag;
 
 bool AddTo(int epoll, int fd, uint32_t events, void* tag) {
   struct epoll_event event = {};
@@ -58,6 +59,10 @@ int Worker::Start() {
   if (!epoll_.valid() || !wake_.valid() || !timer_.valid()) return errno;
   if (!AddTo(epoll_.get(), wake_.get(), EPOLLIN, &wake_tag) ||
       !AddTo(epoll_.get(), timer_.get(), EPOLLIN, &timer_tag)) {
+    return errno;
+  }
+  if (shared_->allow_ring && ring_.Open() &&
+      !AddTo(epoll_.get(), ring_.fd(), EPOLLIN, &ring_tag)) {
     return errno;
   }
   return thread_.Start<Worker, &Worker::Loop>(this);
@@ -123,8 +128,10 @@ void Worker::Loop() {
       TakeOrders();
       for (Connection* connection : std::exchange(budget_waiters_, {})) Enqueue(connection);
     }
+    if (ring_.valid()) TakeReads();
     RunTimers();
     RunConnections();
+    if (ring_.valid()) ring_.Submit();
     if (!ending && stopping_.load()) {
       ending = true;
       TakeOrders();
@@ -160,7 +167,7 @@ void Worker::WaitForEvents() {
     spin_credit_ = std::min(spin_credit_ + (count > 0 ? 1 : -4), kMostCredit);
   }
   if (count == 0) {
-    const bool may_sleep = run_.empty();
+    const bool may_sleep = run_.empty() && !ring_.pending();
     const int64_t began = NowNs();
     count = epoll_wait(epoll_.get(), events, kEvents, may_sleep ? -1 : 0);
     // It would have been worth it.
@@ -171,7 +178,7 @@ void Worker::WaitForEvents() {
   for (int i = 0; i < count; i++) {
     void* tag = events[i].data.ptr;
     const uint32_t ready = events[i].events;
-    if (tag == &wake_tag) continue;
+    if (tag == &wake_tag || tag == &ring_tag) continue;
     if (tag == &timer_tag) {
       Clear(timer_.get());
       timer_at_ns_ = 0;
@@ -289,7 +296,41 @@ void Worker::Read(Connection* connection, uint8_t* at, uint64_t offset, uint32_t
                                                   .offset = offset,
                                                   .left = bytes,
                                                   .task = std::move(task)});
-  ReadByPool(std::move(read));
+  if (ring_.valid()) {
+    ReadByRing(std::move(read));
+  } else {
+    ReadByPool(std::move(read));
+  }
+}
+
+void Worker::ReadByRing(std::unique_ptr<ColdRead> read) {
+  if (ring_.Read(read->fd, read->at, read->left, read->offset, read.get())) {
+    // The kernel has it now, and TakeReads() takes it back.
+    (void)read.release();
+  } else {
+    ReadByPool(std::move(read));
+  }
+}
+
+void Worker::TakeReads() {
+  void* tag;
+  int result;
+  while (ring_.Take(&tag, &result)) {
+    std::unique_ptr<ColdRead> read(static_cast<ColdRead*>(tag));
+    if (result == -EAGAIN || result == -EOPNOTSUPP) {
+      // What the ring cannot do a thread can.
+      ReadByPool(std::move(read));
+    } else if (result == -EINTR) {
+      ReadByRing(std::move(read));
+    } else if (result > 0 && static_cast<uint32_t>(result) < read->left) {
+      read->Took(static_cast<uint32_t>(result));
+      ReadByRing(std::move(read));
+    } else {
+      // The source ends before its size.
+      read->task.read_errno = result < 0 ? -result : result == 0 ? EIO : 0;
+      Finish(std::move(read));
+    }
+  }
 }
 
 void Worker::ReadByPool(std::unique_ptr<ColdRead> read) {

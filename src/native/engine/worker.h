@@ -17,6 +17,7 @@
 #include "bandwidth.h"
 #include "buffers.h"
 #include "connection.h"
+#include "ring.h"
 #include "shared.h"
 #include "thread.h"
 
@@ -112,7 +113,9 @@ class Worker {
   void RunTimers();
   void SetTimer();
   void ServeCap(CapQueue& queue, int64_t now);
+  void ReadByRing(std::unique_ptr<ColdRead> read);
   void ReadByPool(std::unique_ptr<ColdRead> read);
+  void TakeReads();
   void Reap();
   static int ReadAll(ColdRead& read);
 
@@ -121,6 +124,7 @@ class Worker {
   UniqueFd epoll_;
   UniqueFd wake_;
   UniqueFd timer_;
+  Ring ring_;
   Thread thread_;
   std::atomic<uint32_t> load_ = 0;
   std::atomic<bool> stopping_ = false;
