@@ -156,9 +156,11 @@ export function nativeEngine(options: { readonly ring?: boolean } = {}): SocketE
 }
 
 /**
- * The native engine, unless another is chosen. Without the addon there is none.
+ * The native engine, unless another is chosen. Without the addon there is none, and a
+ * server that logs each request has the TypeScript one: no JavaScript runs per request
+ * in the native engine, and so nothing that could log it.
  *
- * @param choice the user's; undefined for whichever there is
+ * @param choice the user's; undefined for whichever there is and does
  * @throws Error if the native engine is chosen and can't be had
  */
 export function chooseEngine(
@@ -166,6 +168,10 @@ export function chooseEngine(
   logger: Logger,
 ): SocketEngineFactory | undefined {
   if (choice === 'typescript') {
+    return undefined;
+  }
+  if (choice === undefined && (logger.isLevelEnabled?.('debug') ?? false)) {
+    logger.debug({}, 'requests are logged: the TypeScript engine serves');
     return undefined;
   }
   return (limits) => {

@@ -24,8 +24,14 @@ export const HANDSHAKE: Buffer = Buffer.concat([
   GO,
 ]);
 
-/** A server of random data, to be ended by the caller. */
-export async function serveCrowd(): Promise<{ server: ServerProcess; data: Buffer }> {
+/**
+ * A server of random data, to be ended by the caller.
+ *
+ * @param args more arguments of `stillblock nbd`
+ */
+export async function serveCrowd(
+  args: readonly string[] = [],
+): Promise<{ server: ServerProcess; data: Buffer }> {
   const data = Buffer.alloc(CROWD_DISK_BYTES);
   const random = new Random(3);
   for (let at = 0; at < data.length; at += 512) {
@@ -33,7 +39,7 @@ export async function serveCrowd(): Promise<{ server: ServerProcess; data: Buffe
   }
   const server = await ServerProcess.start(async (home) => {
     await writeFile(join(home, 'disk'), data);
-    return ['--export', `disk=${join(home, 'disk')}`];
+    return ['--export', `disk=${join(home, 'disk')}`, ...args];
   });
   return { server, data };
 }
