@@ -8,6 +8,7 @@
  */
 import { stat } from 'node:fs/promises';
 import { pid } from 'node:process';
+import { isDeepStrictEqual } from 'node:util';
 import type { Logger } from 'pino';
 import type { BackupDescription, BackupEnded, DiskChanges } from './backup-report.ts';
 import { type BackupServer, type ServerRequest, SharedServer } from './backup-server.ts';
@@ -57,8 +58,18 @@ export interface DaemonStatus {
 /** The part of the configuration that a daemon lives by. */
 export type DaemonSettings = Pick<
   Configuration,
-  'devices' | 'nbd' | 'store' | 'hooks' | 'keepCheckpoints' | 'freezeTimeoutMs' | 'metrics'
+  | 'devices'
+  | 'nbd'
+  | 'store'
+  | 'hooks'
+  | 'keepCheckpoints'
+  | 'freezeTimeoutMs'
+  | 'metrics'
+  | keyof typeof STARTING
 >;
+
+/** Settings that only a start takes up, by their elements. */
+const STARTING = { folders: '<folders>', logLevel: '<log>', api: '<api>' } as const;
 
 /** For an image that nobody reads: what overflows it loses nothing. */
 const MOMENTARY_STORE: StoreRequest = {
@@ -104,6 +115,8 @@ export class Daemon implements BackupHost {
   #names: ReadonlyMap<DeviceNumber, string> = new Map();
   #missing: readonly string[] = [];
   #settings: DaemonSettings = defaultConfiguration();
+  /** Those of the start. */
+  #started: DaemonSettings | undefined;
   readonly #writes = new WriteHistory();
   #metrics: { readonly server: MetricsServer; readonly where: string } | undefined;
   #control: ControlDevice | undefined;
@@ -221,6 +234,7 @@ export class Daemon implements BackupHost {
     }
     this.#names = names;
     this.#settings = settings;
+    this.#started ??= settings;
   }
 
   /**
@@ -578,9 +592,10 @@ export class Daemon implements BackupHost {
   /**
    * Reads the configuration, and the certificates, keys and rules of all servers anew.
    *
+   * @returns what of it is not in force before the daemon is restarted
    * @throws StillblockError if something is wrong with them; what was in force stays then
    */
-  async reload(): Promise<void> {
+  async reload(): Promise<readonly string[]> {
     try {
       const settings = await this.#readSettings?.();
       for (const server of this.#servers) {
@@ -597,7 +612,19 @@ export class Daemon implements BackupHost {
       this.events.emit({ event: 'reload-failed', message, advice });
       throw error;
     }
-    this.events.emit({ event: 'reloaded' });
+    const warnings = this.#waiting();
+    for (const warning of warnings) {
+      this.#log.warn(warning);
+    }
+    this.events.emit({ event: 'reloaded', warnings });
+    return warnings;
+  }
+
+  #waiting(): string[] {
+    const names = Object.keys(STARTING) as (keyof typeof STARTING)[];
+    return names
+      .filter((name) => !isDeepStrictEqual(this.#settings[name], this.#started?.[name]))
+      .map((name) => `${STARTING[name]} has changed: restart the daemon for that`);
   }
 
   // Checkpoints

@@ -24,7 +24,7 @@ export type EventBody =
   | { readonly event: 'device-detached'; readonly device: string; readonly name: string }
   | { readonly event: 'device-missing'; readonly device: string; readonly message: string }
   | { readonly event: 'checkpoint-deleted'; readonly checkpoint: string }
-  | { readonly event: 'reloaded' }
+  | { readonly event: 'reloaded'; readonly warnings: readonly string[] }
   | { readonly event: 'reload-failed'; readonly message: string; readonly advice: string };
 
 export type DaemonEvent = EventBody & {

@@ -367,7 +367,7 @@ export const deleteCheckpoint: Operation<Named, { deleted: string }> = {
   },
 };
 
-export const reload: Operation<Input, { reloaded: true }> = {
+export const reload: Operation<Input, { reloaded: true; warnings: readonly string[] }> = {
   id: 'reload',
   method: 'POST',
   path: '/v1/reload',
@@ -375,17 +375,18 @@ export const reload: Operation<Input, { reloaded: true }> = {
   summary:
     'Reads the configuration, certificates and keys again; if that fails, those of before stay',
   status: 200,
-  answer: answer({ reloaded: { const: true } }),
-  run: async (daemon) => {
-    await daemon.reload();
-    return { reloaded: true };
-  },
+  answer: answer({
+    reloaded: { const: true },
+    warnings: { ...list(text), description: 'what needs a restart of the daemon' },
+  }),
+  run: async (daemon) => ({ reloaded: true, warnings: await daemon.reload() }),
 };
 
 /** All of them, but the stream of events, which is no request with one answer. */
 export const OPERATIONS: readonly Operation<never, unknown>[] = [
   getStatus,
   reload,
+  getLayout,
   listDevices,
   attachDevices,
   detachDevices,

@@ -13,11 +13,12 @@ import { Daemon } from '../../src/daemon.ts';
 import type { DaemonEvent } from '../../src/events.ts';
 import { checkpointFolder } from '../../src/folders.ts';
 import { openApiDocument } from '../../src/openapi.ts';
-import { EVENTS_PATH, getStatus, listCheckpoints, OPERATIONS } from '../../src/operations.ts';
+import * as operations from '../../src/operations.ts';
 import { readClientCertificates } from '../../src/tls.ts';
 import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
 import { folder, installation } from './world.ts';
 
+const { EVENTS_PATH, getStatus, listCheckpoints, OPERATIONS } = operations;
 const log = pino({ level: 'silent' });
 
 interface World {
@@ -358,6 +359,8 @@ test('the description is that of the routes, and the one in the repository', asy
     t.truthy(served.components.schemas[reference.split('/').at(-1) ?? ''], reference);
   }
   const ids = OPERATIONS.map(({ id }) => id);
+  const all = Object.values(operations).filter((each) => typeof each === 'object' && 'id' in each);
+  t.is(all.length, ids.length, 'each operation is served');
   t.is(new Set(ids).size, ids.length);
 });
 
