@@ -56,6 +56,12 @@ test('the service is confined', async (t) => {
   ]);
 });
 
+test('no list of devices keeps it from disks', async (t) => {
+  const unit = await readFile(join(configs, 'systemd/stillblock.service'), 'utf8');
+  // Each of these makes one, or is one.
+  t.notRegex(unit, /^(ProtectClock|PrivateDevices)=(?!no$)|^Device(Allow|Policy)=/m);
+});
+
 test('systemd-tmpfiles makes the folders, for root alone', async (t) => {
   const root = await folder(t);
   await mkdir(join(root, 'etc'));
