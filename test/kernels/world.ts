@@ -42,7 +42,9 @@ export const withProduct: boolean = testKernel() === '6.1';
  *
  * @returns its path, the same in the guest as here
  */
-export async function buildTool(name: 'oracle' | 'ioctls' | 'killer'): Promise<string> {
+export async function buildTool(
+  name: 'oracle' | 'ioctls' | 'killer' | 'exerciser',
+): Promise<string> {
   const folder = join(checkout, 'build/kernels');
   const source = join(checkout, 'test/kernels', `${name}.c`);
   const uapi = join(checkout, 'module/uapi');
