@@ -7,6 +7,11 @@
  * deadline, because a freeze syncs, and a sync can take for ever: a work item
  * of its own does it, and a take that gives up leaves it behind. Whatever that
  * one still freezes it thaws by itself.
+ *
+ * They are thawed by a work item, too, and not by the task that takes: that one
+ * may have been killed. btrfs looks at its super block before it thaws, and
+ * takes a read that a deadly signal ends for a device that somebody tampered
+ * with, which makes the file system read-only.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -30,6 +35,7 @@
  * struct stb_freeze - file systems to freeze together
  * @ref: the take and the work item
  * @work: freezes one after the other, in the order given
+ * @thaw: thaws what is frozen, in reverse, once it is @over
  * @done: the work item has come to its end
  * @lock: protects all below
  * @over: the take has ended or given up: freeze nothing more
@@ -41,6 +47,7 @@
 struct stb_freeze {
 	struct kref ref;
 	struct work_struct work;
+	struct work_struct thaw;
 	struct completion done;
 	struct mutex lock;	/* all below */
 	bool over;
@@ -92,6 +99,20 @@ static void freeze_work(struct work_struct *work)
 	module_put(THIS_MODULE);
 }
 
+static void freeze_thaw(struct work_struct *work)
+{
+	struct stb_freeze *f = container_of(work, struct stb_freeze, thaw);
+	u32 nr;
+
+	mutex_lock(&f->lock);
+	nr = f->nr_frozen;
+	mutex_unlock(&f->lock);
+	/* In reverse: what was frozen last lies beneath. */
+	while (nr--)
+		if (stb_thaw_super(freeze_sb(f, nr)))
+			pr_err("%s: cannot thaw\n", freeze_sb(f, nr)->s_id);
+}
+
 /**
  * stb_freeze_prepare() - resolve the descriptors of mounts
  * @fds: user pointer to an array of __s32
@@ -114,6 +135,7 @@ struct stb_freeze *stb_freeze_prepare(u64 fds, u32 nr, u32 *reason,
 	}
 	kref_init(&f->ref);
 	INIT_WORK(&f->work, freeze_work);
+	INIT_WORK(&f->thaw, freeze_thaw);
 	init_completion(&f->done);
 	mutex_init(&f->lock);
 	for (i = 0; i < nr; i++) {
@@ -175,15 +197,16 @@ int stb_freeze_all(struct stb_freeze *f, unsigned long deadline, u32 *reason,
  */
 void stb_freeze_end(struct stb_freeze *f)
 {
-	u32 nr;
+	bool frozen;
 
 	mutex_lock(&f->lock);
+	/* From here on no more of them counts as frozen. */
 	f->over = true;
-	nr = f->nr_frozen;
+	frozen = f->nr_frozen > 0;
 	mutex_unlock(&f->lock);
-	/* In reverse: what was frozen last lies beneath. */
-	while (nr--)
-		if (stb_thaw_super(freeze_sb(f, nr)))
-			pr_err("%s: cannot thaw\n", freeze_sb(f, nr)->s_id);
+	if (frozen) {
+		queue_work(stb_thaw_wq, &f->thaw);
+		flush_work(&f->thaw);
+	}
 	kref_put(&f->ref, freeze_free);
 }

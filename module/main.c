@@ -18,6 +18,7 @@
 
 struct workqueue_struct *stb_wq;
 struct workqueue_struct *stb_freeze_wq;
+struct workqueue_struct *stb_thaw_wq;
 
 static int __init stb_init(void)
 {
@@ -32,9 +33,13 @@ static int __init stb_init(void)
 	stb_freeze_wq = alloc_workqueue(KBUILD_MODNAME "_freeze", WQ_UNBOUND, 0);
 	if (!stb_freeze_wq)
 		goto destroy_wq;
+	stb_thaw_wq = alloc_workqueue(KBUILD_MODNAME "_thaw",
+				      WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
+	if (!stb_thaw_wq)
+		goto destroy_freeze_wq;
 	ret = stb_tracker_init();
 	if (ret)
-		goto destroy_freeze_wq;
+		goto destroy_thaw_wq;
 	ret = stb_image_module_init();
 	if (ret)
 		goto exit_tracker;
@@ -47,6 +52,8 @@ exit_image:
 	stb_image_module_exit();
 exit_tracker:
 	stb_tracker_exit();
+destroy_thaw_wq:
+	destroy_workqueue(stb_thaw_wq);
 destroy_freeze_wq:
 	destroy_workqueue(stb_freeze_wq);
 destroy_wq:
@@ -58,6 +65,7 @@ static void __exit stb_exit(void)
 {
 	stb_control_exit();
 	/* What was left to a worker may just be returning from it. */
+	destroy_workqueue(stb_thaw_wq);
 	destroy_workqueue(stb_freeze_wq);
 	destroy_workqueue(stb_wq);
 	stb_hook_quiesce();

@@ -9,6 +9,11 @@
 extern struct workqueue_struct *stb_wq;
 /* Freezes of file systems, which may hang for as long as their devices do. */
 extern struct workqueue_struct *stb_freeze_wq;
+/*
+ * Thaws: with a worker of their own when there is no memory for another, since
+ * what would free some may wait for the file systems to be thawed.
+ */
+extern struct workqueue_struct *stb_thaw_wq;
 
 /*
  * Lock order, outermost first:

@@ -439,6 +439,43 @@ test.serial('writes in flight that do not end', async (t) => {
   await guest.run('losetup -d /dev/loop0');
 });
 
+/*
+ * btrfs reads its super block when it is thawed, and takes a read that a deadly signal
+ * ends for a device that was tampered with.
+ */
+test.serial('a file system is thawed for an owner that was killed, and goes on', async (t) => {
+  await guest.run(
+    `set -e; modprobe btrfs; truncate -s 128M /run/btrfs; mkfs.btrfs -q /run/btrfs
+    mkdir -p /srv/btrfs; mount -o loop /run/btrfs /srv/btrfs
+    losetup --direct-io=on /dev/loop6 ${path('spare')}`,
+    { timeoutMs: askLimitMs },
+  );
+  const [id] = await module.require('attach /dev/loop6');
+  await suspend('spare');
+  const write = guest.start(`exec dd if=/dev/zero of=/dev/loop6 bs=4k count=1 oflag=direct`);
+  await guest.run(`until [ "$(awk '{ print $2 }' /sys/block/loop6/inflight)" -gt 0 ]; do :; done`);
+  const owner = new Conversation(guest, await buildTool('ioctls'));
+  const answer = owner.ask(`take killed trackers=${id} mounts=/srv/btrfs stores=memory:${MiB}`);
+  answer.catch(() => {});
+  // Once it is frozen, while the take waits for that write, who touches it waits, too.
+  await guest.run(
+    `while :; do
+      touch /srv/btrfs/late >/dev/null 2>&1 & sleep 0.2
+      ! grep -q '^State:.D' /proc/$!/status 2>/dev/null || exit 0
+    done`,
+  );
+  await owner.kill();
+  const { code, stderr } = await guest.run('touch /srv/btrfs/later; sync -f /srv/btrfs/later', {
+    check: false,
+    timeoutMs: askLimitMs,
+  });
+  t.is(code, 0, stderr);
+  await mend('spare');
+  t.is((await write.wait(askLimitMs)).code, 0);
+  await module.require(`detach ${id}`);
+  await guest.run('umount /srv/btrfs; losetup -d /dev/loop6; rm /run/btrfs');
+});
+
 for (const [what, wait] of [
   ['delayed', () => swap('two', writesHang('two'))],
   ['suspended', () => suspend('two')],

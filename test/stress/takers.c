@@ -883,17 +883,20 @@ static void check_btrfs(struct taker *taker, struct taken_image *image,
 {
 	char command[512], path[2 * PATH_BYTES];
 
-	snprintf(command, sizeof(command), "btrfs restore --overwrite %s %s",
-		 image->name, folder);
+	/* Alone: what was a file in one image may be a folder in the next. */
+	snprintf(command, sizeof(command),
+		 "rm -rf %s/btrfs && mkdir %s/btrfs && btrfs restore %s %s/btrfs",
+		 folder, folder, image->name, folder);
 	if (run_quietly(command, log)) {
 		violation(taker->step, "%s failed on the image of %s",
 			  command, image->device->path);
 		return;
 	}
-	snprintf(path, sizeof(path), "%s/%s", folder,
+	snprintf(path, sizeof(path), "%s/btrfs/%s", folder,
 		 image->device->file_name);
 	check_file_units(taker, image->device, path, image->name);
-	unlink(path);
+	snprintf(command, sizeof(command), "rm -rf %s/btrfs", folder);
+	run_quietly(command, log);
 }
 
 static void check_mounted(struct taker *taker, struct taken_image *image,
