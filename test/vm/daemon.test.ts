@@ -3,6 +3,7 @@
 // is killed. One guest serves all the checks, in order. Requests go to its socket
 // by curl, as anybody's would; the command line is what it is for.
 
+import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import test from 'ava';
 import { buildTool } from '../kernels/world.ts';
@@ -15,6 +16,11 @@ const MiB = 1 << 20;
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const limitMs = 120_000;
 const socket = '/run/stillblock/control.sock';
+const metrics = '/run/metrics.sock';
+/** A file of pre-shared keys, and a port whose clients need one. */
+const keys = '/etc/stillblock/keys';
+const keyPort = 10_810;
+const twoBytes = 16 * MiB;
 
 let guest: Guest;
 let daemon: GuestCommand;
@@ -22,6 +28,8 @@ let daemon: GuestCommand;
 let one = '';
 let two = '';
 const nameOf = (device: string): string => device.replace('/dev/', '');
+/** What all restarts are to leave as it is. */
+let trackedAs: readonly string[] = [];
 
 /** An answer of the API. */
 interface Answer {
@@ -58,36 +66,69 @@ const begin = (checkpoint: string, device: string): object => ({
   disks: [{ path: device }],
 });
 
-/** Starts a daemon as a service manager would, and waits until it says that it is ready. */
-async function startDaemon(prefix = ''): Promise<GuestCommand> {
+/**
+ * Starts a daemon as a service manager would, and waits until it says that it is ready.
+ *
+ * @param wrapper that it is run by
+ * @param knock a request that it is started for
+ */
+async function startDaemon(wrapper = '', knock?: string): Promise<GuestCommand> {
   const told = guest.start('exec socat -u UNIX-RECV:/run/notify.sock STDOUT');
   await guest.run('until [ -S /run/notify.sock ]; do sleep 0.05; done');
   const command = guest.start(
-    `export NOTIFY_SOCKET=/run/notify.sock; ${prefix} exec ${cli} serve -v 2>&1`,
+    `export NOTIFY_SOCKET=/run/notify.sock; exec ${wrapper} ${cli} serve -v 2>&1`,
   );
+  if (knock !== undefined) {
+    await guest.run(`until [ -S ${socket} ]; do sleep 0.1; done; ${knock}`, { timeoutMs: limitMs });
+  }
   await told.waitForOutput(/READY=1/, limitMs);
   told.kill(15);
   await told.wait(limitMs);
   return command;
 }
 
+/** The capabilities that the unit leaves to the service, without `CAP_`. */
+async function unitCapabilities(): Promise<string[]> {
+  const unit = await readFile(join(checkout, 'configs/systemd/stillblock.service'), 'utf8');
+  const [, names = ''] = /^CapabilityBoundingSet=(.*)$/m.exec(unit) ?? [];
+  return names.split(' ').map((name) => name.replace('CAP_', '').toLowerCase());
+}
+
+/** The devices, their histories, and whether they are in a snapshot. */
+async function histories(): Promise<string[]> {
+  const { body } = await ask('GET', '/v1/devices');
+  return body.devices.map(
+    ({ name, generation, inSnapshot }: { name: string; generation: string; inSnapshot: boolean }) =>
+      `${name} ${generation} ${inSnapshot}`,
+  );
+}
+
+const scrape = async (path: string): Promise<string> =>
+  (await guest.run(`curl -s --unix-socket ${path} http://localhost/metrics`)).stdout;
+
 test.before(async () => {
   guest = await bootGuest({
     kernel: '6.1',
     disks: [
-      { name: 'one', sizeBytes: 32 * MiB },
-      { name: 'two', sizeBytes: 32 * MiB },
+      { name: 'one', sizeBytes: 64 * MiB },
+      { name: 'two', sizeBytes: twoBytes },
     ],
     memoryMiB: 1024,
   });
   [one, two] = (await Promise.all([guest.disk('one'), guest.disk('two')])) as [string, string];
   await guest.run(
     `set -e; mkfs.ext4 -q -F ${one}; mkdir -p /srv/one; mount ${one} /srv/one
-    mkdir -p /etc/stillblock
-    echo '<stillblock><devices><device path="${one}" name="system"/></devices></stillblock>' >/etc/stillblock/stillblock.xml`,
+    head -c 8M /dev/urandom | dd of=${two} bs=1M iflag=fullblock oflag=direct status=none
+    mkdir -p -m 700 /etc/stillblock /run/stillblock
+    echo '<stillblock><devices><device path="${one}" name="system"/></devices><metrics socket="${metrics}"/></stillblock>' >/etc/stillblock/stillblock.xml`,
   );
   await guest.loadModule();
-  daemon = await startDaemon();
+  // With the privileges of the service, started by the first who asks.
+  const capabilities = (await unitCapabilities()).map((name) => `,+${name}`).join('');
+  daemon = await startDaemon(
+    `setpriv --no-new-privs --bounding-set=-all${capabilities} systemd-socket-activate -E NOTIFY_SOCKET --fdname=control -l ${socket}`,
+    curl('GET', '/v1/devices'),
+  );
 });
 
 test.after.always(async () => {
@@ -106,16 +147,40 @@ test.serial('it tracks what is configured, under the name that is configured', a
   t.like(attached.body.devices[0], { name: nameOf(two), device: two, inSnapshot: false });
 });
 
+test.serial('it has no more privileges than the service', async (t) => {
+  const { pid } = (await ask('GET', '/v1/status')).body.daemon;
+  const { stdout } = await guest.run(`cat /proc/${pid}/status`);
+  const [, effective = ''] = /^CapEff:\t(\w+)$/m.exec(stdout) ?? [];
+  const bits = BigInt(`0x${effective}`).toString(2).replaceAll('0', '');
+  t.is(bits.length, (await unitCapabilities()).length, stdout);
+  t.regex(stdout, /^NoNewPrivs:\t1$/m);
+});
+
 test.serial('a backup begun by the command line is held by the daemon', async (t) => {
+  const rate = 2 * MiB;
   const { stdout } = await guest.run(
-    `${cli} backup begin --json --checkpoint monday --disk ${one} --store memory --store-size 16M`,
+    `${cli} backup begin --json --checkpoint monday --disk ${one} --disk ${two} --store memory --store-size 16M \
+      --max-rate ${rate} --metrics /run/begin.sock`,
     { timeoutMs: limitMs },
   );
   const serving = JSON.parse(stdout);
   t.like(serving, { event: 'serving', state: 'serving', checkpoint: 'monday' });
-  const { stdout: told } = await guest.run(`${cli} status --json`, { timeoutMs: limitMs });
-  t.like(JSON.parse(told), { backup: { checkpoint: 'monday' }, trackedDevices: 2 });
-  await guest.run(`cmp ${one} ${serving.disks[0].image}; nbdinfo ${serving.exports[0].uris[0]}`);
+  t.true(serving.freezeMs > 0, 'a file system was frozen');
+  const of = (device: string, list: 'disks' | 'exports'): { image: string; uris: string[] } => {
+    const { name } = serving.disks.find((disk: { device: string }) => disk.device === device);
+    return serving[list].find((each: { name: string }) => each.name === name);
+  };
+  const { stdout: took } = await guest.run(
+    `set -e; e2fsck -fn ${of(one, 'disks').image} >&2
+    begin=$(date +%s%N); qemu-img dd -O raw bs=1M count=6 if=${of(two, 'exports').uris[0]} of=/run/read; echo $(($(date +%s%N) - begin))
+    cmp -n ${6 * MiB} ${two} /run/read`,
+    { timeoutMs: limitMs },
+  );
+  const measured = await scrape('/run/begin.sock');
+  const read = new RegExp(`^stillblock_nbd_read_bytes_total{export="${nameOf(two)}"} (\\d+)$`, 'm');
+  const readBytes = Number(read.exec(measured)?.[1]);
+  t.true(readBytes >= 6 * MiB, measured);
+  t.true(Number(took) / 1e9 > (6 * MiB) / rate - 0.1, `${took} ns`);
   const { stdout: ended } = await guest.run(`${cli} backup end --json`, { timeoutMs: limitMs });
   t.deepEqual(JSON.parse(ended), { ended: { checkpoint: 'monday', failed: false } });
 });
@@ -146,8 +211,45 @@ test.serial('of different disks they get two snapshots', async (t) => {
   const names = body.exports.map(({ name }: { name: string }) => name);
   t.true(names.includes('system') && names.includes(nameOf(two)), names.join(' '));
   t.true(names.includes('system@monday'));
-  const busy = await ask('POST', '/v1/devices/detach', { devices: ['system'] });
-  t.is(busy.status, 409);
+  const measured = await scrape(metrics);
+  for (const checkpoint of ['first', 'second']) {
+    t.regex(
+      measured,
+      new RegExp(`^stillblock_snapshot_state{backup="${checkpoint}",state="serving"} 1$`, 'm'),
+    );
+    t.regex(
+      measured,
+      new RegExp(`^stillblock_store_limit_bytes{backup="${checkpoint}"} [1-9]`, 'm'),
+    );
+  }
+  const before = await histories();
+  const refusals: readonly (readonly [string, string, unknown, number, string])[] = [
+    ['POST', '/v1/devices', { devices: ['/dev/null'] }, 422, 'NOT_BLOCK_DEVICE'],
+    ['POST', '/v1/devices', { devices: ['/dev/absent'] }, 404, 'ENOENT'],
+    ['POST', '/v1/devices', { devices: [one] }, 409, 'ALREADY_ATTACHED'],
+    ['POST', '/v1/devices/detach', { devices: ['system'] }, 409, 'IN_SNAPSHOT'],
+    ['POST', '/v1/devices/detach', { devices: ['system', 'absent'] }, 404, 'ENOENT'],
+    ['GET', '/v1/devices/absent', undefined, 404, 'ENOENT'],
+    ['POST', '/v1/devices/system/mark', { offset: 2 ** 40, length: 1 }, 400, 'USAGE'],
+    ['POST', '/v1/backups', begin('first', two), 409, 'BACKUP_RUNNING'],
+    ['POST', '/v1/backups', begin('monday', two), 409, 'CHECKPOINT_EXISTS'],
+    ['POST', '/v1/backups', begin('third', 'absent'), 404, 'ENOENT'],
+    ['DELETE', '/v1/backups/first?id=another', undefined, 404, 'NO_BACKUP'],
+    ['DELETE', '/v1/checkpoints/first', undefined, 409, 'BACKUP_RUNNING'],
+    ['GET', '/v1/backups/first/changes/absent', undefined, 404, 'NO_BACKUP'],
+    ['GET', '/v1/backups/first/changes/system?since=never', undefined, 404, 'NO_CHECKPOINT'],
+  ];
+  const { stdout } = await guest.run(
+    refusals.map(([method, path, body]) => curl(method, path, body)).join('\n'),
+    { timeoutMs: limitMs },
+  );
+  const lines = stdout.trimEnd().split('\n');
+  const told = refusals.map(([method, path, body], index) => {
+    const [text = '', status] = lines.slice(index * 2);
+    return [method, path, body, Number(status), JSON.parse(text).error.code];
+  });
+  t.deepEqual(told, refusals as unknown);
+  t.deepEqual(await histories(), before);
   for (const checkpoint of ['first', 'second']) {
     t.is((await ask('DELETE', `/v1/backups/${checkpoint}`)).status, 200);
   }
@@ -166,7 +268,7 @@ test.serial("libvirt's XML begins a backup, and is told what came of it", async 
   t.is(status, 201, stdout);
   t.regex(body.xml.backup, /<disk name="system".*backupmode="incremental".*exportname="vda"/s);
   t.regex(body.xml.warnings.join(), /driver/);
-  t.regex(body.store.why, /./);
+  t.regex(body.store.why, /^no file system has the room; .* of memory may be used$/);
   const { stdout: map } = await guest.run(
     `nbdinfo --map=qemu:dirty-bitmap:backup-system 'nbd+unix:///vda?socket=/run/xml.sock'`,
   );
@@ -174,6 +276,51 @@ test.serial("libvirt's XML begins a backup, and is told what came of it", async 
   const changes = await ask('GET', '/v1/backups/xml/changes/system?since=monday');
   t.like(changes.body, { disk: 'system', since: 'monday', checkpoint: 'xml' });
   t.is((await ask('DELETE', '/v1/backups/xml')).status, 200);
+});
+
+test.serial('what changed is told, drawn, and fills a store until it is full', async (t) => {
+  const [offset, length] = [2 * MiB, MiB];
+  await guest.run(`dd if=/dev/urandom of=${two} bs=64K seek=32 count=16 oflag=direct status=none`);
+  const { status, body } = await ask('POST', '/v1/backups', {
+    checkpoint: 'filling',
+    disks: [{ path: two }],
+  });
+  t.is(status, 201, JSON.stringify(body));
+  t.like(body.store, { place: '/srv/one', overflowSeconds: null });
+  t.regex(body.store.why, /^\/srv\/one is not in the snapshot and has .* free$/);
+  const writer = guest.start(
+    `for seek in $(seq 0 4 156); do dd if=/dev/urandom of=${two} bs=64K seek=$seek count=4 oflag=direct status=none; sleep 0.3; done`,
+  );
+  const map = `${cli} map ${two}`;
+  const shown = await guest.run(`${map} --json; ${map}; ${map} --since second --format picture`, {
+    timeoutMs: limitMs,
+  });
+  const [json = '', ...lines] = shown.stdout.split('\n');
+  t.like(JSON.parse(json), {
+    disk: nameOf(two),
+    since: 'second',
+    checkpoint: 'filling',
+    sizeBytes: twoBytes,
+    changedBytes: length,
+    extents: [{ offset, length }],
+  });
+  const people = lines.join('\n');
+  t.regex(people, /: 1 MiB of 16 MiB \(6\.3 %\) changed between second and filling\n/);
+  t.regex(people, new RegExp(`^ *${offset} +${length} +1 MiB *$`, 'm'));
+  t.regex(people, /^·{32}█{16}·{32}\n·{80}\n·{80}\n·{16}$/m);
+  await writer.wait(limitMs);
+  await guest.run(
+    `until curl -s --unix-socket ${metrics} http://localhost/metrics | grep -q '^stillblock_store_overflow_seconds{backup="filling"} [0-9]'; do sleep 1; done`,
+    { timeoutMs: limitMs },
+  );
+  const { stdout: told } = await guest.run(`${cli} status --json`, { timeoutMs: limitMs });
+  const { backup, trackedDevices } = JSON.parse(told);
+  t.like(backup, { checkpoint: 'filling' });
+  t.is(trackedDevices, 2);
+  const { overflowSeconds, usedBytes, capacityBytes } = backup.store;
+  t.true(usedBytes >= 10 * MiB && usedBytes < capacityBytes, told);
+  t.true(overflowSeconds > 1 && overflowSeconds < 600, told);
+  t.is((await ask('DELETE', '/v1/backups/filling')).status, 200);
 });
 
 test.serial('a configuration that is wrong changes nothing, a right one does', async (t) => {
@@ -184,16 +331,22 @@ test.serial('a configuration that is wrong changes nothing, a right one does', a
   t.is(wrong.body.error.code, 'BAD_CONFIGURATION');
   t.regex(wrong.body.error.message, /stillblock.xml:1:\d+/);
   await guest.run(
-    `set -e; printf '#!/bin/sh\\necho $1 >>/run/hooked\\n' >/run/hook; chmod 755 /run/hook`,
+    `set -e; printf '#!/bin/sh\\necho $1 >>/run/hooked\\n' >/run/hook; chmod 755 /run/hook
+    umask 077; printf 'anna:%064d\\nbob:%064d\\n' 1 2 >${keys}`,
   );
   await write(
-    `<hooks><hook name="log" script="/run/hook"/></hooks><devices><device path="${one}" name="system"/><device path="${two}" name="data"/><device path="/dev/absent"/></devices>`,
+    `<hooks><hook name="log" script="/run/hook"/></hooks><devices><device path="${one}" name="system"/><device path="${two}" name="data"/><device path="/dev/absent"/></devices>
+    <nbd><listen address="127.0.0.1" port="${keyPort}"/><tls psk="${keys}"><allow user="anna" export="system*"/></tls></nbd>
+    <api socket="/run/other.sock"/>`,
   );
   const events = guest.start(
     `exec curl -sN -H 'last-event-id: 0' --unix-socket ${socket} http://localhost/v1/events`,
   );
   daemon.kill(1);
-  await events.waitForOutput(/event: reloaded/, limitMs);
+  const [, warnings = ''] = await events.waitForOutput(/event: reloaded\ndata: (.*)\n/, limitMs);
+  t.deepEqual(JSON.parse(warnings).warnings, ['<api> has changed: restart the daemon for that']);
+  await guest.run("sed -i 's|<api[^>]*>||' /etc/stillblock/stillblock.xml");
+  t.deepEqual((await ask('POST', '/v1/reload')).body, { reloaded: true, warnings: [] });
   t.regex(events.stdout, /event: reload-failed/);
   t.regex(events.stdout, /event: device-missing/);
   events.kill(15);
@@ -205,23 +358,29 @@ test.serial('a configuration that is wrong changes nothing, a right one does', a
   t.deepEqual((await ask('GET', '/v1/status')).body.missingDevices, ['/dev/absent']);
 });
 
+test.serial('the configuration says who may read what', async (t) => {
+  trackedAs = await histories();
+  const { status, body } = await ask('POST', '/v1/backups', {
+    checkpoint: 'secret',
+    store: { places: ['memory'], sizeBytes: 16 * MiB },
+  });
+  t.is(status, 201, JSON.stringify(body));
+  const uri = (user: string, name: string): string =>
+    `'nbds://${user}@127.0.0.1:${keyPort}/${name}?tls-psk-file=${keys}'`;
+  const reads = async (where: string): Promise<boolean> =>
+    (await guest.run(`nbdinfo --size ${where}`, { check: false })).code === 0;
+  t.true(await reads(uri('anna', 'system')));
+  t.true(await reads(uri('anna', 'system@monday')));
+  t.false(await reads(uri('anna', 'data')), 'another export');
+  t.false(await reads(uri('bob', 'system')), 'another user');
+  t.false(await reads(`nbd://127.0.0.1:${keyPort}/system`), 'without TLS');
+});
+
 test.serial('killed at any step, it comes up right again', async (t) => {
   t.timeout(10 * 60_000);
   const killer = await buildTool('killer');
-  const histories = async (): Promise<string[]> =>
-    (await ask('GET', '/v1/devices')).body.devices.map(
-      ({
-        name,
-        generation,
-        inSnapshot,
-      }: {
-        name: string;
-        generation: string;
-        inSnapshot: boolean;
-      }) => `${name} ${generation} ${inSnapshot}`,
-    );
-  const before = await histories();
-  const armed = `LD_PRELOAD=${shellQuote(killer)} KILL_FILE=/run/kill`;
+  const armed = `env LD_PRELOAD=${shellQuote(killer)} KILL_FILE=/run/kill`;
+  // While it serves.
   daemon.kill(9);
   await daemon.wait(limitMs);
   // What is asked, where it is killed, and whether the checkpoint is there afterwards.
@@ -258,7 +417,7 @@ test.serial('killed at any step, it comes up right again', async (t) => {
     t.is(names.includes('killed'), kept, `${what}: ${names}`);
     t.true(names.includes('monday'), what);
     t.deepEqual(body.broken, [], what);
-    t.deepEqual(await histories(), before, what);
+    t.deepEqual(await histories(), trackedAs, what);
     await guest.run(
       `! ls /dev/stillblock[0-9]* 2>/dev/null; [ -z "$(ls -A /var/lib/stillblock/checkpoints | grep '^\\.')" ]`,
     );
@@ -267,9 +426,16 @@ test.serial('killed at any step, it comes up right again', async (t) => {
   t.is(again.status, 201);
   const { incremental } = again.body.disks[0];
   t.true(incremental.includes('monday'), JSON.stringify(again.body.disks));
-  daemon.kill(9);
-  await daemon.wait(limitMs);
-  await guest.run('until ! ls /dev/stillblock[0-9]* >/dev/null 2>&1; do sleep 0.1; done');
+  await guest.run(
+    `echo unlink 0 >/run/kill; ${curl('DELETE', '/v1/backups/killed')}; rm /run/kill`,
+    { timeoutMs: limitMs, check: false },
+  );
+  t.is((await daemon.wait(limitMs)).code, 137, 'the backup ends');
+  const { stdout: files } = await guest.run(
+    'until ! ls /dev/stillblock[0-9]* >/dev/null 2>&1; do sleep 0.1; done; ls -A /var/lib/stillblock/checkpoints',
+  );
+  t.regex(files, /^killed\.xml$/m);
+  t.regex(files, /^monday\.xml$/m);
 });
 
 test.serial('no checkpoint is lost when there is no room for one more', async (t) => {
@@ -278,6 +444,7 @@ test.serial('no checkpoint is lost when there is no room for one more', async (t
     sed -i 's|<stillblock>|<stillblock><folders state="/run/tiny"/>|' /etc/stillblock/stillblock.xml`,
   );
   daemon = await startDaemon();
+  t.deepEqual(await histories(), trackedAs, 'what its last end had begun is over');
   const made: string[] = [];
   let refused: Answer | undefined;
   for (let index = 1; refused === undefined && index < 20; index += 1) {
@@ -333,5 +500,49 @@ test.serial('without it a backup is held by its command, which another ends', as
   const { code: ended, stdout } = await alone.wait(limitMs);
   t.is(ended, 0);
   t.regex(stdout, /"event":"ended"/);
+});
+
+test.serial('systemd starts it in its sandbox, for the first who asks', async (t) => {
+  const units = '/etc/systemd/system';
+  await guest.run(
+    `set -e
+    rm -f ${socket}
+    cp ${shellQuote(join(checkout, 'configs/systemd'))}/* ${units}/
+    # Only what is tested starts, and a checkout may be where the sandbox hides all.
+    for unit in service socket; do
+      mkdir -p ${units}/stillblock.$unit.d
+      printf '[Unit]\nDefaultDependencies=no\n' >${units}/stillblock.$unit.d/guest.conf
+    done
+    printf '[Service]\nBindReadOnlyPaths=%s\nStandardOutput=append:/run/serve.log\nStandardError=inherit\n' ${shellQuote(checkout)} >>${units}/stillblock.service.d/guest.conf
+    for unit in modprobe@stillblock.service network-online.target; do ln -sf /dev/null ${units}/$unit; done
+    cat >/usr/bin/stillblock <<'END'
+#!/bin/sh
+exec ${cli} "$@"
+END
+    chmod 755 /usr/bin/stillblock
+    echo '<stillblock><devices><device path="${one}" name="system"/></devices></stillblock>' >/etc/stillblock/stillblock.xml
+    mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    [ -s /etc/machine-id ] || echo 0123456789abcdef0123456789abcdef >/etc/machine-id
+    mkdir -p /sys/fs/cgroup/box`,
+  );
+  const systemd = guest.start(
+    `echo $$ >/sys/fs/cgroup/box/cgroup.procs
+    exec unshare --cgroup --pid --fork --kill-child --mount --mount-proc \
+      sh -c 'umount /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup
+        exec env container=other /lib/systemd/systemd --system --unit=stillblock.socket --log-target=kmsg' 2>&1`,
+  );
+  await guest.run(`until [ -S ${socket} ]; do sleep 0.2; done`, { timeoutMs: limitMs });
+  const { status, body } = await ask('POST', '/v1/backups', {
+    checkpoint: 'sandbox',
+    disks: [{ path: 'system' }],
+  });
+  const log = await guest.run('cat /run/serve.log; dmesg | tail -n 40', { check: false });
+  t.is(status, 201, `${JSON.stringify(body)}\n${log.stdout}`);
+  t.true(body.freezeMs > 0);
+  await guest.run(`e2fsck -fn ${body.disks[0].image}`, { timeoutMs: limitMs });
+  const { stdout } = await guest.run('cat /proc/$(pgrep -f "^node .*serve")/status');
+  t.regex(stdout, /^Seccomp:\t2$/m);
+  systemd.kill(9);
+  await systemd.wait(limitMs);
   await guest.shutdown();
 });
