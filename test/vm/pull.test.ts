@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a running server into a chain, and from that onto disks: the daemon takes
+// the snapshots, stock qemu-img copies, and what is written back is mounted. One
+// guest is server and proxy at once, and serves all the checks, in order.
+
+import { join } from 'node:path';
+import test from 'ava';
+import { checkout } from './checkout.ts';
+import { bootGuest, type Guest } from './guest.ts';
+import { shellQuote } from './initrd.ts';
+
+const MiB = 1 << 20;
+const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
+const socket = '/run/stillblock/control.sock';
+const chain = '/repo/chain';
+const limitMs = 180_000;
+
+let guest: Guest;
+/** Device nodes by the disks' names. */
+const node: Record<string, string> = {};
+let origin = '';
+
+type Event = Readonly<Record<string, unknown>>;
+
+interface Ended {
+  readonly code: number;
+  readonly events: readonly Event[];
+  readonly stderr: string;
+}
+
+/** Runs a script of the shell to its end; lines of JSON are its events. */
+async function sh(script: string): Promise<Ended> {
+  const { code, stdout, stderr } = await guest.run(script, { timeoutMs: limitMs, check: false });
+  const lines = stdout.split('\n').filter((line) => line.startsWith('{'));
+  return { code: code ?? -1, events: lines.map((line) => JSON.parse(line) as Event), stderr };
+}
+
+const pull = (more = ''): string => `${cli} pull --json ${more} ${socket} ${chain}`;
+const restore = (map: string, more = ''): string =>
+  `${cli} restore --json --yes ${more} --map ${map} ${chain}`;
+const codeOf = ({ events }: Ended): string | undefined =>
+  (events.at(-1) as { error?: { code?: string } } | undefined)?.error?.code;
+
+interface Entry {
+  readonly disk: string;
+  readonly kind: string;
+  readonly file: string;
+  readonly generation: string | null;
+  readonly verified: boolean;
+}
+
+async function points(): Promise<{ checkpoint: string; takenAt: string; entries: Entry[] }[]> {
+  const { stdout } = await guest.run(`cat ${chain}/manifest.json`);
+  return JSON.parse(stdout).points;
+}
+
+async function checkpoints(): Promise<string[]> {
+  const { events } = await sh(`${cli} checkpoint list --json`);
+  const [{ checkpoints: found } = {}] = events as { checkpoints?: { name: string }[] }[];
+  return (found ?? []).map(({ name }) => name);
+}
+
+test.before(async () => {
+  guest = await bootGuest({
+    kernel: '6.1',
+    disks: [
+      { name: 'origin', sizeBytes: 48 * MiB },
+      { name: 'target', sizeBytes: 64 * MiB },
+      { name: 'small', sizeBytes: 32 * MiB },
+      { name: 'repo', sizeBytes: 256 * MiB },
+    ],
+    memoryMiB: 1024,
+  });
+  for (const name of ['origin', 'target', 'small', 'repo']) {
+    node[name] = await guest.disk(name);
+  }
+  origin = node['origin'] ?? '';
+  await guest.run(
+    `set -e
+    modprobe -a dm-mod dm-crypt raid1
+    printf 'label: gpt\\n,32M\\n,8M,S\\n' | sfdisk -q ${origin}
+    mkfs.ext4 -q ${origin}1; mkswap -q ${origin}2
+    mkdir -p /srv/data /repo; mount ${origin}1 /srv/data
+    cp /usr/bin/qemu-img /srv/data/a; sha256sum /srv/data/a >/srv/data/sums
+    mkfs.ext4 -q ${node['repo']}; mount ${node['repo']} /repo
+    mkdir -p /etc/stillblock
+    echo '<stillblock><devices><device path="${origin}" name="system"/></devices></stillblock>' >/etc/stillblock/stillblock.xml`,
+    { timeoutMs: limitMs },
+  );
+  await guest.loadModule();
+  guest.start(`exec ${cli} serve 2>/run/serve.log`);
+  await guest.run(`until [ -S ${socket} ]; do sleep 0.2; done`, { timeoutMs: limitMs });
+});
+
+test.after.always(async () => {
+  await guest?.kill();
+});
+
+test.serial('all of it, then what changed, proven by the server', async (t) => {
+  const first = await sh(pull('--checkpoint first'));
+  t.is(first.code, 0, first.stderr);
+  await guest.run('echo two >/srv/data/b; sha256sum /srv/data/b >>/srv/data/sums; sync');
+  const second = await sh(pull('--checkpoint second'));
+  t.is(second.code, 0, second.stderr);
+  const [one, two] = await points();
+  t.like(one?.entries[0], { disk: 'system', kind: 'full' });
+  // The server's history says that the changes fit: nothing had to be compared.
+  t.like(two?.entries[0], { disk: 'system', kind: 'incremental', verified: false });
+  t.is(one?.entries[0]?.generation, two?.entries[0]?.generation);
+  t.regex(two?.takenAt ?? '', /^\d{4}-/);
+  t.deepEqual(await checkpoints(), ['first', 'second']);
+  const { events } = await sh(`${cli} status --json`);
+  t.deepEqual((events[0] as { backups: unknown[] }).backups, [], 'no snapshot is left');
+  // The same, compared while it is held.
+  const third = await sh(pull('--checkpoint third --verify'));
+  t.is(third.code, 0, third.stderr);
+});
+
+test.serial('a pull that was killed: its snapshot goes with the next one', async (t) => {
+  const killed = await sh(`${pull('--checkpoint cut --full')} >/run/cut & pid=$!
+    until [ -e ${chain}/pull.json ] || ! kill -0 $pid; do sleep 0.01; done
+    kill -9 $pid; wait $pid; ls ${chain}`);
+  t.regex(killed.stderr, /Killed|^$/);
+  t.false((await points()).some(({ checkpoint }) => checkpoint === 'cut'));
+  const { events } = await sh(`${cli} status --json`);
+  t.is((events[0] as { backups: unknown[] }).backups.length, 1, 'its snapshot is still held');
+  const next = await sh(pull('--checkpoint fourth'));
+  t.is(next.code, 0, next.stderr);
+  t.like(next.events[0], { event: 'recovered', checkpoint: 'cut', complete: false });
+  t.deepEqual(await checkpoints(), ['first', 'second', 'third', 'fourth']);
+});
+
+test.serial('tracking began anew: a full copy is required, exit code 3', async (t) => {
+  await guest.run(`${cli} device detach ${origin} && ${cli} device attach ${origin}`, {
+    timeoutMs: limitMs,
+  });
+  const refused = await sh(pull('--checkpoint fifth'));
+  t.is(refused.code, 3, refused.stderr);
+  t.is(codeOf(refused), 'FULL_REQUIRED');
+  t.regex(refused.stderr, /system: the tracking of changes began anew/);
+  t.deepEqual(await checkpoints(), ['first', 'second', 'third', 'fourth']);
+  const full = await sh(pull('--checkpoint fifth --full-if-needed'));
+  t.is(full.code, 0, full.stderr);
+  t.like((await points()).at(-1)?.entries[0], { kind: 'full' });
+});
+
+test.serial('targets in use are refused, each for its reason', async (t) => {
+  const { target = '', small = '', repo = '' } = node;
+  const held = `python3 -c 'import os,sys,time; os.open("${target}", os.O_RDWR|os.O_EXCL); open("/run/held","w"); time.sleep(600)' & pid=$!
+    until [ -e /run/held ]; do sleep 0.05; done`;
+  const refusals: readonly [string, string, string, string][] = [
+    ['TARGET_TOO_SMALL', small, '', ''],
+    ['TARGET_IS_SOURCE', repo, '', ''],
+    ['TARGET_MOUNTED', origin, '', ''],
+    [
+      'TARGET_MOUNTED',
+      target,
+      `mkfs.ext4 -qF ${target}; mount -o ro ${target} /mnt`,
+      'umount /mnt',
+    ],
+    ['TARGET_SWAP', target, `mkswap -q ${target}; swapon ${target}`, `swapoff ${target}`],
+    [
+      'TARGET_IN_USE',
+      target,
+      `wipefs -aq ${target}; vgcreate -q vg ${target}; lvcreate -q -y -Wn -L 8M -n lv vg`,
+      'vgremove -q -f -y vg',
+    ],
+    [
+      'TARGET_IN_USE',
+      target,
+      `wipefs -aq ${target}; dmsetup create on --noudevsync --table '0 2048 linear ${target} 0'`,
+      'dmsetup remove --noudevsync on',
+    ],
+    ['TARGET_HELD', target, held, 'kill $pid; wait $pid'],
+    ['TARGET_READ_ONLY', target, `blockdev --setro ${target}`, `blockdev --setrw ${target}`],
+  ];
+  for (const [code, where, before, after] of refusals) {
+    const refused = await sh(
+      `{ ${before || ':'}\n} >&2; sum=$(sha256sum <${where}); ${restore(`system=${where}`)}; code=$?
+      [ "$sum" = "$(sha256sum <${where})" ] || [ ${where} = ${origin} ] || echo written >&2
+      { ${after || ':'}\n} >&2; exit $code`,
+    );
+    t.is(refused.code, 1, `${code}: ${refused.stderr}`);
+    t.is(codeOf(refused), code, refused.stderr);
+    t.notRegex(refused.stderr, /^written$/m);
+  }
+});
+
+test.serial('a disk is written back with its partitions, and mounts', async (t) => {
+  const { target = '' } = node;
+  await guest.run(`wipefs -aq ${target}`);
+  const restored = await sh(restore(`system=${target}`, '--at second'));
+  t.is(restored.code, 0, restored.stderr);
+  t.deepEqual(
+    restored.events.map(({ event }) => event).filter((event) => event !== 'progress'),
+    ['planned', 'restored', 'done'],
+  );
+  const [, two] = await points();
+  const file = `${chain}/${two?.entries[0]?.file}`;
+  await guest.run(
+    `set -e
+    qemu-img convert -O raw ${file} /repo/raw; cmp -n ${48 * MiB} /repo/raw ${target}; rm /repo/raw
+    mount -o ro ${target}1 /mnt
+    (cd /mnt && sed 's#/srv/data/##' sums | sha256sum -c --quiet)
+    umount /mnt; blkid -t TYPE=swap ${target}2`,
+    { timeoutMs: limitMs },
+  );
+  t.pass();
+});
