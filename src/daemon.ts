@@ -31,7 +31,14 @@ import { explain, reasonWords, StillblockError } from './errors.ts';
 import { EventBus } from './events.ts';
 import type { Folders } from './folders.ts';
 import { linkImages, type NamedImage } from './image-links.ts';
-import { type Measured, type MetricsServer, NO_FIGURES, startMetrics } from './metrics.ts';
+import {
+  type Measured,
+  type MetricsServer,
+  type NbdFigures,
+  NO_FIGURES,
+  startMetrics,
+  sumFigures,
+} from './metrics.ts';
 import type { ControlDevice, ModuleInfo } from './native.ts';
 import { ReleaseStack } from './release-stack.ts';
 import { type BackupHost, type BackupRequest, BackupSession } from './snapshot-session.ts';
@@ -125,6 +132,8 @@ export class Daemon implements BackupHost {
   readonly #reloads: (() => Promise<void>)[] = [];
   /** All NBD servers. */
   readonly #servers = new Set<SharedServer>();
+  /** What servers have counted that are closed: totals never fall. */
+  #past: NbdFigures = NO_FIGURES;
   /** Of a daemon that serves one command. */
   readonly #solo: boolean;
   readonly #readSettings: (() => Promise<DaemonSettings>) | undefined;
@@ -265,7 +274,9 @@ export class Daemon implements BackupHost {
       );
     }
     const request = { listen, tls: toTlsPlan(tls) };
-    await before?.server.close();
+    if (before !== undefined) {
+      await this.#close(before.server);
+    }
     this.#shared = undefined;
     try {
       this.#share(await SharedServer.open(request, this.#log, rates), wanted);
@@ -300,8 +311,8 @@ export class Daemon implements BackupHost {
   }
 
   #measure(): Measured {
-    const nbd = this.#shared?.server.figures() ?? NO_FIGURES;
-    return { nbd, backups: this.backups() };
+    const all = [...this.#servers].map((server) => server.figures());
+    return { nbd: sumFigures([this.#past, ...all]), backups: this.backups() };
   }
 
   /** Tracks what is configured and there; tells of what is not. */
@@ -575,13 +586,15 @@ export class Daemon implements BackupHost {
           };
     const server = await SharedServer.open({ listen, tls: plan }, this.#log);
     this.#servers.add(server);
-    return {
-      ...server.lease(),
-      close: async () => {
-        this.#servers.delete(server);
-        await server.close();
-      },
-    };
+    return { ...server.lease(), close: () => this.#close(server) };
+  }
+
+  /** Closes a server and keeps what it has counted. Safe to repeat. */
+  async #close(server: SharedServer): Promise<void> {
+    await server.close();
+    if (this.#servers.delete(server)) {
+      this.#past = sumFigures([this.#past, server.figures()]);
+    }
   }
 
   /** Has something else reloaded, too; what it throws fails the reload. */

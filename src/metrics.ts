@@ -10,8 +10,10 @@ import { resolve as resolvePath } from 'node:path';
 import { umask } from 'node:process';
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import {
+  addFigures,
   DURATION_BOUNDS_SECONDS,
   type ExportFigures,
+  emptyFigures,
   REQUEST_KINDS,
   type RequestKind,
 } from '../nbd/figures.ts';
@@ -58,6 +60,27 @@ export const NO_FIGURES: NbdFigures = {
   bytesInFlight: 0,
   exports: new Map(),
 };
+
+/** What several servers have counted together: exports of one name are one. */
+export function sumFigures(all: readonly NbdFigures[]): NbdFigures {
+  const exports = new Map<string, ExportFigures>();
+  for (const { exports: served } of all) {
+    for (const [name, figures] of served) {
+      const total = exports.get(name) ?? emptyFigures();
+      addFigures(total, figures);
+      exports.set(name, total);
+    }
+  }
+  const sum = (value: (figures: NbdFigures) => number): number =>
+    all.reduce((total, figures) => total + value(figures), 0);
+  return {
+    handshakes: sum(({ handshakes }) => handshakes),
+    connections: sum(({ connections }) => connections),
+    accepted: sum(({ accepted }) => accepted),
+    bytesInFlight: sum(({ bytesInFlight }) => bytesInFlight),
+    exports,
+  };
+}
 
 type MetricDefinition = {
   readonly type: 'counter' | 'gauge';
