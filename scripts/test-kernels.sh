@@ -20,10 +20,11 @@ one() {
     local results=$1 kernel=$2 file=$3 log started=$SECONDS
     log=$(mktemp "$results-XXXXXX")
     export STILLBLOCK_TEST_KERNEL=$kernel
-    count_ava "$log" --config ava.kernels.config.mjs "$file" >/dev/null
+    local TIMEFORMAT='%U %S'
+    { time count_ava "$log" --config ava.kernels.config.mjs "$file" >/dev/null; } 2>"$log.time"
     {
         [ "$ava_failed" = 0 ] || cat "$log"
-        echo "$kernel: $(basename "$file" .test.js): $ava_passed passed, $ava_failed failed in $((SECONDS - started)) s"
+        echo "$kernel: $(basename "$file" .test.js): $ava_passed passed, $ava_failed failed in $((SECONDS - started)) s, $(awk '{ print int($1 + $2 + 0.5) }' <(tail -n1 "$log.time")) s of a processor"
     } >"$log.told"
     # In one write, so that two of them do not mix.
     cat "$log.told"

@@ -11,7 +11,7 @@ import { join } from 'node:path';
 import test from 'ava';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
-import { buildTool, Conversation, MiB, testKernel } from './world.ts';
+import { buildTool, Conversation, MiB, pace, testKernel } from './world.ts';
 
 const kernel = testKernel();
 /** What a writer writes to, from the start of its device. */
@@ -19,7 +19,7 @@ const writtenBytes = 6 * MiB;
 /** What is zeroed of each device, behind that. */
 const zeroed = { start: 8 * MiB, length: 4 * MiB } as const;
 /** The writers leave the processors to the others: microseconds between two writes. */
-const paceUs = 10_000;
+const paceUs = pace(40_000);
 /** More than a first write to everything, in whole chunks, in each of the images. */
 const storeBytes = 200 * MiB;
 /** The unit of change tracking of devices of these sizes. */

@@ -23,6 +23,7 @@ import {
   Conversation,
   cliLimitMs,
   MiB,
+  pace,
   reasonName,
   refusalIn,
   testKernel,
@@ -39,7 +40,7 @@ type Name = keyof typeof disks;
 /** What the writers write to, from the start of their devices. */
 const writtenBytes = 24 * MiB;
 /** The writers leave the processors to the others: microseconds between two writes. */
-const paceUs = 1000;
+const paceUs = pace(3000);
 const storeBytes = 64 * MiB;
 /** The module gives a chunk up after 30 s; a failed one then has to be noticed. */
 const hangLimitMs = 150_000;

@@ -14,6 +14,7 @@ import {
   Conversation,
   cliLimitMs,
   MiB,
+  pace,
   refusalIn,
   testKernel,
   withProduct,
@@ -24,7 +25,7 @@ const killed = 128 + 9;
 const ENOMEM = 12;
 const disks = { raw: 40, mounted: 64, store: 96 } as const;
 const writtenBytes = 24 * MiB;
-const paceUs = 2000;
+const paceUs = pace(6000);
 const mapped = '/dev/mapper/mounted';
 /** How often the module comes and goes. */
 const reloads = 6;

@@ -15,6 +15,7 @@ import {
   cli,
   cliLimitMs,
   MiB,
+  pace,
   reasonName,
   refusalIn,
   testKernel,
@@ -25,7 +26,7 @@ const kernel = testKernel();
 const fullRequired = 3;
 const disks = { raw: 40, parted: 192, spare: 64, other: 160 } as const;
 const writtenBytes = 24 * MiB;
-const paceUs = 2000;
+const paceUs = pace(6000);
 
 let guest: Guest;
 let oracle: Conversation;

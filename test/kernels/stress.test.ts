@@ -7,9 +7,10 @@ import test from 'ava';
 import { StressGuest } from '../stress/stress.ts';
 import { testKernel } from './world.ts';
 
-const seconds = 40;
-/** What an emulated machine that has other work, too, does at the least. */
+const seconds = 30;
+/** What an emulated machine does in that time; one that has other work, too, goes on for longer. */
 const leastTakes = 4;
+const mostRuns = 8;
 const leastUnits = 100_000;
 
 /** `STILLBLOCK_STRESS_SEED` repeats the choices of a run that has failed. */
@@ -21,13 +22,21 @@ test('images and change maps of all kinds of devices under stress', async (t) =>
   t.log(`seed ${seed}`);
   const guest = await StressGuest.boot(kernel, false);
   try {
-    const { counts, code, log } = await guest.run({ seed, seconds });
-    t.log(counts);
-    t.is(code, 0, `seed ${seed}\n${log}${code === 0 ? '' : guest.guest.console()}`);
-    t.is(counts?.violations, 0);
-    t.true((counts?.takes ?? 0) >= leastTakes, 'hardly any snapshot was taken');
-    t.true((counts?.unitsChecked ?? 0) >= leastUnits, 'hardly anything of an image was checked');
-    t.true((counts?.mapBlocksChecked ?? 0) > 0, 'no change map was checked');
+    let takes = 0;
+    let units = 0;
+    let mapBlocks = 0;
+    for (let run = 0; run < mostRuns && (takes < leastTakes || mapBlocks === 0); run += 1) {
+      const { counts, code, log } = await guest.run({ seed: seed + run, seconds });
+      t.log(counts);
+      t.is(code, 0, `seed ${seed + run}\n${log}${code === 0 ? '' : guest.guest.console()}`);
+      t.is(counts?.violations, 0);
+      takes += counts?.takes ?? 0;
+      units += counts?.unitsChecked ?? 0;
+      mapBlocks += counts?.mapBlocksChecked ?? 0;
+    }
+    t.true(takes >= leastTakes, 'hardly any snapshot was taken');
+    t.true(units >= leastUnits, 'hardly anything of an image was checked');
+    t.true(mapBlocks > 0, 'no change map was checked');
     await guest.end();
   } finally {
     await guest.close();

@@ -22,6 +22,17 @@ export const cliLimitMs = 300_000;
 /** Longest time for anything else that a guest is asked. */
 export const askLimitMs = 300_000;
 
+/**
+ * How long a writer rests after each write: the checkers' kernel takes several times as long
+ * for one, and shall have time for something else, too.
+ *
+ * @param us microseconds on a stock kernel
+ * @returns microseconds on the kernel of this run
+ */
+export function pace(us: number): number {
+  return testKernel() === 'debug' ? 8 * us : us;
+}
+
 /** The kernel of this run, from `STILLBLOCK_TEST_KERNEL`; 6.1 without it. */
 export function testKernel(): KernelName {
   const wanted = process.env['STILLBLOCK_TEST_KERNEL'] ?? '6.1';
