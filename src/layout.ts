@@ -164,6 +164,23 @@ export function parseLsblk(json: string): LayoutDevice[] {
   return [...found.values()];
 }
 
+/**
+ * Reads `blkid --probe --output export`, which is for shells: a backslash stands before
+ * whatever is special there.
+ */
+export function parseBlkid(
+  output: string,
+): Pick<LayoutDevice, 'content' | 'uuid' | 'label' | 'partitionUuid'> {
+  const values = parseKeyValues(output);
+  const value = (key: string): string | null => text(values.get(key)?.replaceAll(/\\(.)/g, '$1'));
+  return {
+    content: value('TYPE'),
+    uuid: value('UUID'),
+    label: value('LABEL'),
+    partitionUuid: value('PART_ENTRY_UUID'),
+  };
+}
+
 /** Those devices that are chosen, with all above and beneath them; every real disk if none is. */
 export function selectDevices(
   devices: readonly LayoutDevice[],
@@ -303,7 +320,12 @@ class Tools {
   readonly problems: string[] = [];
 
   /** What a tool wrote to stdout; undefined if it failed, which is kept. */
-  async run(tool: string, ...args: string[]): Promise<string | undefined> {
+  run(tool: string, ...args: string[]): Promise<string | undefined> {
+    return this.ask(0, tool, ...args);
+  }
+
+  /** The same for a tool that says by an exit code, too, that it found nothing. */
+  async ask(nothing: number, tool: string, ...args: string[]): Promise<string | undefined> {
     try {
       return await new Promise<string>((resolve, reject) => {
         const env = {
@@ -313,7 +335,7 @@ class Tools {
         };
         const options = { env, timeout: TOOL_MS, maxBuffer: OUTPUT_BYTES } as const;
         execFile(tool, args, options, (error, stdout, stderr) => {
-          if (error === null) {
+          if (error === null || error.code === nothing) {
             resolve(stdout);
           } else {
             reject(new Error(stderr.trim().split('\n')[0] || error.message));
@@ -343,6 +365,36 @@ class Tools {
 
 async function readIfThere(path: string): Promise<string | null> {
   return readFile(path, 'utf8').catch(() => null);
+}
+
+/** "Nothing was found", of blkid. */
+const BLKID_NOTHING = 2;
+
+/**
+ * lsblk knows only from udev what a device contains, and there may be none, or one that has
+ * not looked: in an initramfs, a container, after a write that it did not see. What is
+ * missing is read from the device itself.
+ */
+async function addContents(
+  tools: Tools,
+  devices: readonly LayoutDevice[],
+): Promise<LayoutDevice[]> {
+  const found: LayoutDevice[] = [];
+  for (const device of devices) {
+    const isKnown = device.content !== null || device.sizeBytes === 0;
+    const output = isKnown
+      ? undefined
+      : await tools.ask(BLKID_NOTHING, 'blkid', '--probe', '--output', 'export', device.path);
+    const { content, uuid, label, partitionUuid } = parseBlkid(output ?? '');
+    found.push({
+      ...device,
+      content: device.content ?? content,
+      uuid: device.uuid ?? uuid,
+      label: device.label ?? label,
+      partitionUuid: device.partitionUuid ?? partitionUuid,
+    });
+  }
+  return found;
 }
 
 async function collectTables(
@@ -459,7 +511,7 @@ export async function collectLayout(devices: readonly string[]): Promise<Machine
   const tools = new Tools();
   const lsblk = await tools.run('lsblk', '--json', '--bytes', '--all', '-o', LSBLK_COLUMNS);
   const all = lsblk === undefined ? [] : (tools.read('lsblk', () => parseLsblk(lsblk)) ?? []);
-  const chosen = selectDevices(all, devices);
+  const chosen = await addContents(tools, selectDevices(all, devices));
   const partitionTables = await collectTables(tools, chosen);
   const volumeGroups = await collectLvm(tools, chosen);
   const raids = chosen.filter(({ type }) => type.startsWith('raid'));

@@ -4,6 +4,7 @@ import test from 'ava';
 import { parseBootEntry, parseBootOrder } from '../../src/boot-entries.ts';
 import {
   collectLayout,
+  parseBlkid,
   parseLsblk,
   parseLuksDump,
   parseLvm,
@@ -52,6 +53,24 @@ test('lsblk: a device on two others is one device', (t) => {
     mountPoints: ['/data'],
     sectorBytes: 512,
   });
+});
+
+test('blkid: what is special to a shell', (t) => {
+  const output = String.raw`DEVNAME=/dev/sda1
+LABEL=a\ b\\c\"
+UUID=8e7a99d9-442a
+VERSION=1.0
+TYPE=ext4
+PART_ENTRY_UUID=6f2c
+PART_ENTRY_SIZE=2048
+`;
+  t.deepEqual(parseBlkid(output), {
+    ...{ content: 'ext4', uuid: '8e7a99d9-442a', label: 'a b\\c"', partitionUuid: '6f2c' },
+  });
+  // A disk with partitions has no content, nor has what nobody has written to.
+  const nothing = { content: null, uuid: null, label: null, partitionUuid: null };
+  t.deepEqual(parseBlkid('DEVNAME=/dev/sda\nPTUUID=8e7a\nPTTYPE=gpt\n'), nothing);
+  t.deepEqual(parseBlkid(''), nothing);
 });
 
 test('chosen disks come with all above and beneath them', (t) => {
