@@ -6,7 +6,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static harness::World* world = [] {
     signal(SIGPIPE, SIG_IGN);
-    return new harness::World(true);
+    return new harness::World(true, engine::CacheProbe::kCachestat);
   }();
   if (size < 2) return 0;
   const auto headers = static_cast<engine::Headers>(data[0] % 3);

@@ -80,9 +80,10 @@ class Counter final : public engine::Events {
   uint64_t closed_ = 0;
 };
 
-// A file whose bytes are known; with @cut it ends before its size, so that reads fail there.
+// A file whose bytes are known, on a disk; with @cut it ends before its size, so that reads fail
+// there.
 inline UniqueFd MakeFile(bool cut) {
-  char path[] = "/tmp/stillblock-native-XXXXXX";
+  char path[] = "/var/tmp/stillblock-native-XXXXXX";
   UniqueFd fd(mkstemp(path));
   Require(fd.valid(), "mkstemp");
   unlink(path);
@@ -107,10 +108,11 @@ struct Maps {
   }
 };
 
-// An engine with exports: whole, cut off, capped and forgetting.
+// An engine with exports: whole, cut off, capped and forgetting. @probe: what it is allowed to see
+// the page cache with.
 class World {
  public:
-  explicit World(bool ring) {
+  World(bool ring, engine::CacheProbe probe) : probe_(probe) {
     engine::Options options;
     options.workers = 2;
     options.allow_ring = ring;
@@ -174,6 +176,7 @@ class World {
     spec.contexts.emplace_back(maps_.dirty_starts.data(), maps_.dirty_flags.data(),
                                maps_.dirty_starts.size(), kSize);
     spec.allocation = kind == 2 ? -1 : 0;
+    spec.best_probe = probe_;
     if (kind == 2) spec.caps = {{&paid_until_, 200 << 20}, {&paid_until_too_, 1000 << 20}};
     spec.on_gone = [this] { gone_.fetch_add(1); };
     exports_.push_back(std::make_shared<engine::Export>(std::move(spec)));
@@ -194,6 +197,7 @@ class World {
     Require(fds[1] >= 0, "accept");
   }
 
+  const engine::CacheProbe probe_;
   Maps maps_;
   int64_t paid_until_ = 0;
   int64_t paid_until_too_ = 0;

@@ -80,8 +80,26 @@ void* RunClient(void* given) {
   return nullptr;
 }
 
-void Run(bool ring, uint64_t seed) {
-  harness::World world(ring);
+// What each way to see the page cache says of a file that was just written, or dropped from it.
+void TestProbes() {
+  using engine::CacheProbe;
+  for (CacheProbe probe : {CacheProbe::kNone, CacheProbe::kMincore, CacheProbe::kCachestat}) {
+    engine::ExportSpec spec;
+    spec.fd = harness::MakeFile(false);
+    spec.size_bytes = harness::kSize;
+    spec.best_probe = probe;
+    engine::Export served(std::move(spec));
+    harness::Require(served.KnowsCached() == (probe != CacheProbe::kNone), "probe");
+    if (!served.KnowsCached()) continue;
+    harness::Require(served.IsCached(4000, 300'000), "what was written is cached");
+    harness::Require(fdatasync(served.fd()) == 0, "fdatasync");
+    harness::Require(posix_fadvise(served.fd(), 0, 0, POSIX_FADV_DONTNEED) == 0, "fadvise");
+    harness::Require(!served.IsCached(4000, 300'000), "what was dropped is not cached");
+  }
+}
+
+void Run(bool ring, engine::CacheProbe probe, uint64_t seed) {
+  harness::World world(ring, probe);
   Client clients[kClients];
   pthread_t threads[kClients];
   for (int i = 0; i < kClients; i++) {
@@ -107,9 +125,12 @@ int main(int argc, char** argv) {
   signal(SIGPIPE, SIG_IGN);
   const uint64_t total = argc > 1 ? strtoull(argv[1], nullptr, 10) : 20'000;
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
-  for (bool ring : {true, false}) {
-    wanted += total / 2;
-    Run(ring, seed + ring);
+  TestProbes();
+  for (int turn = 0; turn < 4; turn++) {
+    static constexpr engine::CacheProbe kProbes[] = {
+        engine::CacheProbe::kCachestat, engine::CacheProbe::kMincore, engine::CacheProbe::kNone};
+    wanted += total / 4;
+    Run(turn % 2 == 0, kProbes[turn % 3], seed + static_cast<uint64_t>(turn));
   }
   printf("%llu messages, %llu replies\n", static_cast<unsigned long long>(messages.load()),
          static_cast<unsigned long long>(replies.load()));

@@ -137,6 +137,7 @@ bool Connection::ParseMore() {
   last_burst_ = 0;
   size_t used = Parse(data, size);
   if (used < size && state_ == State::kOpen) Keep(data + used, size - used);
+  singles_ = last_burst_ <= 1 ? singles_ + last_burst_ : 0;
   return true;
 }
 
@@ -526,7 +527,8 @@ Connection::Filled Connection::Fill(Task& task) {
     FailRead(task, EIO);
     return Filled::kFailed;
   }
-  if (task.piece_bytes > kSmallBytes && service_.served->CanSendCached() && FillFromCache(task)) {
+  bool by_splice = transport_->CanSplice() && service_.served->KnowsCached();
+  if (by_splice && task.piece_bytes > kSmallBytes && FillFromCache(task)) {
     EndPiece(task);
     return Filled::kSent;
   }
@@ -536,29 +538,21 @@ Connection::Filled Connection::Fill(Task& task) {
 // Puts a piece of cached pages on the stream as it is. Returns false if that cannot be done.
 bool Connection::FillFromCache(Task& task) {
   const Export& served = *service_.served;
-  const bool by_pipe = transport_->CanSplice();
-  if (!by_pipe && !transport_->CanSendMapped()) return false;
+  uint64_t pages = (task.position % kPageBytes + task.piece_bytes + kPageBytes - 1) / kPageBytes;
+  if (pages * kPageBytes > Worker::kPipeBytes) return false;
   if (!served.IsCached(task.position, task.piece_bytes)) return false;
   Piece piece;
   piece.size = task.piece_bytes;
-  if (by_pipe) {
-    uint64_t pages = (task.position % kPageBytes + task.piece_bytes + kPageBytes - 1) / kPageBytes;
-    if (pages * kPageBytes > Worker::kPipeBytes) return false;
-    piece.pipe = worker_->TakePipe();
-    if (!piece.pipe) return false;
-    auto offset = static_cast<off_t>(task.position);
-    size_t left = task.piece_bytes;
-    while (left > 0) {
-      ssize_t moved = splice(served.fd(), &offset, piece.pipe->write.get(), nullptr, left,
-                             SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
-      // What is in the pipe already is lost with it, and read again in another way.
-      if (moved <= 0) return false;
-      left -= static_cast<size_t>(moved);
-    }
-  } else {
-    if (!served.IsWhole()) return false;
-    piece.data = served.Mapped(task.position);
-    piece.mapped = true;
+  piece.pipe = worker_->TakePipe();
+  if (!piece.pipe) return false;
+  auto offset = static_cast<off_t>(task.position);
+  size_t left = task.piece_bytes;
+  while (left > 0) {
+    ssize_t moved = splice(served.fd(), &offset, piece.pipe->write.get(), nullptr, left,
+                           SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+    // What is in the pipe already is lost with it, and read again in another way.
+    if (moved <= 0) return false;
+    left -= static_cast<size_t>(moved);
   }
   if (!task.holds_stream) {
     Headers headers = service_.rules.headers;
@@ -774,8 +768,8 @@ bool Connection::Flush() {
       break;
     }
     if (result <= 0) {
-      // A mapped page that cannot be had: its header has gone out.
-      bool ours = result == -EFAULT || result == -EIO || result == 0;
+      // A page in a pipe that the file has lost: its header has gone out.
+      bool ours = result == -EIO || result == -ENODATA || result == 0;
       Destroy(ours ? "read failed in the middle of a reply" : nullptr, false);
       return true;
     }
@@ -790,7 +784,6 @@ void Connection::Consume(size_t bytes) {
   while (bytes > 0) {
     Piece& first = out_.front();
     size_t used = std::min(bytes, first.size);
-    if (first.mapped) service_.served->OnMappedSent(used);
     first.data += first.pipe ? 0 : used;
     first.size -= used;
     bytes -= used;

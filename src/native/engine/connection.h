@@ -89,10 +89,17 @@ class Connection {
   Tally& tally() { return tally_; }
   // When its last request came, CLOCK_MONOTONIC.
   int64_t last_request_ns() const { return last_request_ns_; }
-  // Whether the last receive brought a single request, and nothing is in flight: its next one will
-  // come right behind the reply.
-  bool waits_for_one() const { return last_burst_ <= 1 && in_flight_ == 0 && out_.empty(); }
+  // Whether the client asks one request at a time, and has its reply: the next one will come right
+  // behind that.
+  bool waits_for_one() const {
+    return singles_ >= kSingles && in_flight_ == 0 && out_.empty();
+  }
 
+  // Receives, whatever epoll has said. Returns whether there was anything.
+  bool ReceiveNow() {
+    readable_ = true;
+    return ParseMore();
+  }
   // What epoll says of the socket.
   void OnReady(uint32_t events);
   // Does what can be done in one turn. Returns whether there is more to do at once.
@@ -115,6 +122,8 @@ class Connection {
   bool peers_fault = false;
 
  private:
+  // Enough to be sure: with a queue some receive brings two.
+  static constexpr uint32_t kSingles = 16;
   enum class State : uint8_t { kOpen, kDraining, kEnding, kClosed };
   enum class Step : uint8_t { kDone, kAgain, kBlocked, kAway };
   enum class Filled : uint8_t { kSent, kFailed, kAway };
@@ -126,7 +135,6 @@ class Connection {
     Buffer buffer;
     // Whether more may be appended within the buffer.
     bool open = false;
-    bool mapped = false;
     std::unique_ptr<Pipe> pipe;
   };
 
@@ -191,6 +199,8 @@ class Connection {
   Tally tally_;
   int64_t last_request_ns_ = 0;
   uint32_t last_burst_ = 0;
+  // How many receives with one request came one after another.
+  uint32_t singles_ = 0;
 
   // Received and not parsed; whether a whole request may be in there.
   std::vector<uint8_t> rest_;

@@ -20,8 +20,6 @@ constexpr uint64_t kForgetBytes = 4 << 20;
 constexpr uint64_t kFolioBytes = 2 << 20;
 // With more ranges than this one for all of them costs less.
 constexpr size_t kForgetRanges = 16;
-// Sent from a mapping before its page tables are let go.
-constexpr uint64_t kMappedBytes = 64 << 20;
 
 constexpr uint64_t kPageBytes = 4096;
 
@@ -58,20 +56,25 @@ Export::Export(ExportSpec spec) : spec_(std::move(spec)) {
   }
   CachestatRange range = {0, 1};
   Cachestat answer;
-  has_cachestat_ = syscall(kSysCachestat, fd(), &range, &answer, 0) == 0;
-  if (!has_cachestat_ && !MayAskMincore(status)) return;
-  void* map = mmap(nullptr, size_bytes(), PROT_READ, MAP_SHARED, fd(), 0);
-  if (map != MAP_FAILED) map_ = static_cast<const uint8_t*>(map);
+  if (spec_.best_probe >= CacheProbe::kCachestat &&
+      syscall(kSysCachestat, fd(), &range, &answer, 0) == 0) {
+    probe_ = CacheProbe::kCachestat;
+  } else if (spec_.best_probe >= CacheProbe::kMincore && MayAskMincore(status)) {
+    void* map = mmap(nullptr, size_bytes(), PROT_READ, MAP_SHARED, fd(), 0);
+    if (map == MAP_FAILED) return;
+    map_ = static_cast<uint8_t*>(map);
+    probe_ = CacheProbe::kMincore;
+  }
 }
 
 Export::~Export() {
-  if (map_ != nullptr) munmap(const_cast<uint8_t*>(map_), size_bytes());
+  if (map_ != nullptr) munmap(map_, size_bytes());
   spec_.fd.Reset();
   if (spec_.on_gone) spec_.on_gone();
 }
 
 bool Export::IsCached(uint64_t offset, uint64_t length) const {
-  if (has_cachestat_) {
+  if (probe_ == CacheProbe::kCachestat) {
     CachestatRange range = {offset, length};
     Cachestat answer;
     return syscall(kSysCachestat, fd(), &range, &answer, 0) == 0 &&
@@ -80,20 +83,9 @@ bool Export::IsCached(uint64_t offset, uint64_t length) const {
   unsigned char resident[257];
   uint64_t pages = PagesOf(offset, length);
   if (pages > sizeof(resident)) return false;
-  const uint8_t* start = map_ + offset / kPageBytes * kPageBytes;
-  if (mincore(const_cast<uint8_t*>(start), pages * kPageBytes, resident) != 0) return false;
+  uint8_t* start = map_ + offset / kPageBytes * kPageBytes;
+  if (mincore(start, pages * kPageBytes, resident) != 0) return false;
   return std::all_of(resident, resident + pages, [](unsigned char page) { return page & 1; });
-}
-
-bool Export::IsWhole() const {
-  struct stat status;
-  return fstat(fd(), &status) == 0 && static_cast<uint64_t>(status.st_size) >= size_bytes();
-}
-
-void Export::OnMappedSent(uint64_t bytes) {
-  uint64_t before = mapped_sent_.fetch_add(bytes, std::memory_order_relaxed);
-  if (before / kMappedBytes == (before + bytes) / kMappedBytes) return;
-  (void)madvise(const_cast<uint8_t*>(map_), size_bytes(), MADV_DONTNEED);
 }
 
 std::vector<Range> Export::OnRead(uint64_t offset, uint64_t length) {

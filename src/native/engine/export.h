@@ -29,6 +29,9 @@ struct CapSpec {
   uint64_t bytes_per_second;
 };
 
+// How to see what is in the page cache.
+enum class CacheProbe : uint8_t { kNone, kMincore, kCachestat };
+
 struct ExportSpec {
   UniqueFd fd;
   uint64_t size_bytes = 0;
@@ -38,6 +41,8 @@ struct ExportSpec {
   std::vector<ExtentMap> contexts;
   // Of base:allocation among them; -1 if there is none.
   int allocation = -1;
+  // The best that may be used, of what the kernel has and allows.
+  CacheProbe best_probe = CacheProbe::kCachestat;
   // In the order in which data passes them.
   std::vector<CapSpec> caps;
   // Called when the descriptor is closed and nothing uses the arrays any more, on any thread.
@@ -69,19 +74,10 @@ class Export {
   bool nowait() const { return nowait_.load(std::memory_order_relaxed); }
   void ForgoNowait() { nowait_.store(false, std::memory_order_relaxed); }
 
-  // Whether the page cache may be sent as it is: a plain file, whose data can be seen to be there
-  // beforehand.
-  bool CanSendCached() const { return map_ != nullptr; }
+  // Whether the page cache may be sent as it is: a plain file, of which can be seen what is there.
+  bool KnowsCached() const { return probe_ != CacheProbe::kNone; }
   // Whether all of a range is in the page cache now.
   bool IsCached(uint64_t offset, uint64_t length) const;
-  // The file in memory. To be touched by the kernel alone, which answers EFAULT where a process
-  // would be killed.
-  const uint8_t* Mapped(uint64_t offset) const { return map_ + offset; }
-  // Whether the file has not been cut off: then a mapped page would go on with zeroes.
-  bool IsWhole() const;
-  // Takes note of bytes that were sent from the mapping, and lets go of its page tables now and
-  // then: they count as the process's memory.
-  void OnMappedSent(uint64_t bytes);
 
   bool forgets() const { return spec_.forget; }
   // Takes a range that has been read. Returns ranges to be forgotten, if there are enough.
@@ -101,9 +97,9 @@ class Export {
   ExportSpec spec_;
   std::atomic<bool> failed_ = false;
   std::atomic<bool> nowait_ = true;
-  const uint8_t* map_ = nullptr;
-  bool has_cachestat_ = false;
-  std::atomic<uint64_t> mapped_sent_ = 0;
+  CacheProbe probe_ = CacheProbe::kNone;
+  // kMincore: the file in memory, which nobody touches.
+  uint8_t* map_ = nullptr;
   std::mutex lock_;
   // Protected by lock_.
   std::vector<Range> read_;

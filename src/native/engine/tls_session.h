@@ -120,7 +120,6 @@ class TlsTransport final : public Transport {
   ssize_t Send(const struct iovec* pieces, size_t count, bool more) override;
   ssize_t SendPipe(int, size_t, bool) override { return -EOPNOTSUPP; }
   bool CanSplice() const override { return false; }
-  bool CanSendMapped() const override { return false; }
   void EndSending() override;
 
  private:

@@ -28,9 +28,6 @@ class Transport {
   // Moves bytes from a pipe without touching them; only if CanSplice().
   virtual ssize_t SendPipe(int pipe, size_t bytes, bool more) = 0;
   virtual bool CanSplice() const = 0;
-  // Whether a send may read from a mapped file: where the bytes are copied by the kernel, which
-  // says EFAULT of pages that cannot be had.
-  virtual bool CanSendMapped() const = 0;
   // No more bytes will be sent.
   virtual void EndSending() = 0;
 };
@@ -42,8 +39,7 @@ class PlainTransport final : public Transport {
     int family = AF_UNSPEC;
     socklen_t length = sizeof(family);
     (void)getsockopt(fd_.get(), SOL_SOCKET, SO_DOMAIN, &family, &length);
-    is_unix_ = family == AF_UNIX;
-    if (is_unix_) {
+    if (family == AF_UNIX) {
       // A send of 256 KiB shall not need two turns. Beyond the system's limit only root may go.
       int bytes = kUnixSendBufferBytes;
       if (setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)) != 0) {
@@ -71,8 +67,7 @@ class PlainTransport final : public Transport {
     return Result(splice(pipe, nullptr, fd_.get(), nullptr, bytes, flags));
   }
 
-  bool CanSplice() const override { return is_unix_; }
-  bool CanSendMapped() const override { return !is_unix_; }
+  bool CanSplice() const override { return true; }
   void EndSending() override { (void)shutdown(fd_.get(), SHUT_WR); }
 
  private:
@@ -81,7 +76,6 @@ class PlainTransport final : public Transport {
   static ssize_t Result(ssize_t result) { return result < 0 ? -errno : result; }
 
   UniqueFd fd_;
-  bool is_unix_ = false;
 };
 
 }  // namespace engine

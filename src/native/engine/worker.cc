@@ -23,6 +23,8 @@ constexpr size_t kPipes = 4;
 // How long a reply's successor is waited for without sleeping, and how recent a connection's last
 // request must be for that.
 constexpr int64_t kSpinNs = 50'000;
+// How long other sockets are not looked at for that.
+constexpr int64_t kUnseenNs = 100'000;
 constexpr int kMostCredit = 16;
 
 // What an epoll event is about, if it is no connection.
@@ -154,27 +156,45 @@ bool Worker::SpinsNow() {
   return wanted && shared_->active.load(std::memory_order_relaxed) <= shared_->cores;
 }
 
-// Waits until there is something to do, and tells connections what their sockets are ready for.
+// Asks for the next request of the connection that asked last, without sleeping. Returns whether
+// it has come.
+bool Worker::Spin() {
+  const int64_t began = NowNs();
+  Connection* connection = last_active_;
+  bool came = false;
+  do {
+    came = connection->ReceiveNow();
+    if (!came) sched_yield();
+  } while (!came && !woken_.load(std::memory_order_relaxed) && NowNs() - began < kSpinNs);
+  spin_credit_ = std::min(spin_credit_ + (came ? 1 : -4), kMostCredit);
+  if (came && !connection->closed()) Enqueue(connection);
+  return came;
+}
+
+// Waits until there is something to do.
 void Worker::WaitForEvents() {
+  bool spins = SpinsNow();
+  // All others are looked at meanwhile.
+  if (spins && NowNs() - looked_ns_ > kUnseenNs) {
+    if (Look(0)) return;
+    spins = SpinsNow();
+  }
+  if (spins && Spin()) return;
+  if (!run_.empty() || ring_.pending()) {
+    Look(0);
+    return;
+  }
+  const int64_t began = NowNs();
+  Look(-1);
+  // It would have been worth it.
+  if (looked_ns_ - began < kSpinNs) spin_credit_ = std::min(spin_credit_ + 1, kMostCredit);
+}
+
+// Tells connections what their sockets are ready for. Returns whether there was anything.
+bool Worker::Look(int timeout_ms) {
   struct epoll_event events[kEvents];
-  int count = 0;
-  if (SpinsNow()) {
-    const int64_t began = NowNs();
-    do {
-      count = epoll_wait(epoll_.get(), events, kEvents, 0);
-      if (count == 0) sched_yield();
-    } while (count == 0 && NowNs() - began < kSpinNs);
-    spin_credit_ = std::min(spin_credit_ + (count > 0 ? 1 : -4), kMostCredit);
-  }
-  if (count == 0) {
-    const bool may_sleep = run_.empty() && !ring_.pending();
-    const int64_t began = NowNs();
-    count = epoll_wait(epoll_.get(), events, kEvents, may_sleep ? -1 : 0);
-    // It would have been worth it.
-    if (may_sleep && NowNs() - began < kSpinNs) {
-      spin_credit_ = std::min(spin_credit_ + 1, kMostCredit);
-    }
-  }
+  int count = epoll_wait(epoll_.get(), events, kEvents, timeout_ms);
+  looked_ns_ = NowNs();
   for (int i = 0; i < count; i++) {
     void* tag = events[i].data.ptr;
     const uint32_t ready = events[i].events;
@@ -190,6 +210,7 @@ void Worker::WaitForEvents() {
     Enqueue(connection);
     if (ready & EPOLLIN) last_active_ = connection;
   }
+  return count > 0;
 }
 
 void Worker::TakeOrders() {

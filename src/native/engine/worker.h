@@ -104,7 +104,9 @@ class Worker {
 
   void Loop();
   void WaitForEvents();
+  bool Look(int timeout_ms);
   bool SpinsNow();
+  bool Spin();
   void Post(Order order);
   void TakeOrders();
   void Carry(Order order);
@@ -149,6 +151,8 @@ class Worker {
   // Spinning: the connection that asked last, and how well it went.
   Connection* last_active_ = nullptr;
   int spin_credit_ = 0;
+  // When epoll was last asked.
+  int64_t looked_ns_ = 0;
   bool counted_active_ = false;
 };
 
