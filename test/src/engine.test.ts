@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /**
  * The native engine against the TypeScript one: what both are asked they must answer with the
- * same bytes, whatever it is, however it is cut. Replies may come in another order.
+ * same bytes, whatever it is, however it is cut, in plain text or within TLS. Replies may come in
+ * another order.
  */
+import { readFileSync } from 'node:fs';
 import { truncate, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
@@ -10,8 +12,11 @@ import fc from 'fast-check';
 import type { SocketEngineFactory } from '../../nbd/engine.ts';
 import { diskExports, type Export, openFileSource } from '../../nbd/export.ts';
 import { ExtentMap } from '../../nbd/extents.ts';
+import { NodeTls, type TlsAcceptor, type TlsCredentials } from '../../nbd/tls.ts';
 import type { HeaderStyle } from '../../nbd/wire.ts';
 import { nativeEngine } from '../../src/engine.ts';
+import { nativeTls } from '../../src/native-tls.ts';
+import { Authority, credentialsOf, SERVER } from '../nbd/certificates.ts';
 import {
   be,
   CMD,
@@ -41,10 +46,25 @@ const HOLES = [
 const DIRTY = Array.from({ length: 40 }, (_, index) => ({ offset: index * 100_000, length: 700 }));
 const CONTEXTS = ['base:allocation', 'qemu:dirty-bitmap:monday'];
 
-const ENGINES: Record<string, SocketEngineFactory | undefined> = {
-  typescript: undefined,
-  native: nativeEngine(),
-  'native without io_uring': nativeEngine({ ring: false }),
+interface Kind {
+  readonly engine: SocketEngineFactory | undefined;
+  readonly tls: (credentials: TlsCredentials) => TlsAcceptor;
+}
+
+const nodeTls = (credentials: TlsCredentials): TlsAcceptor => new NodeTls(credentials);
+const made = await nativeTls();
+const addonTls = (credentials: TlsCredentials): TlsAcceptor => {
+  const acceptor = made?.(credentials);
+  if (acceptor === undefined) {
+    throw new Error('the addon has no TLS');
+  }
+  return acceptor;
+};
+
+const ENGINES: Record<string, Kind> = {
+  typescript: { engine: undefined, tls: nodeTls },
+  native: { engine: nativeEngine(), tls: addonTls },
+  'native without io_uring': { engine: nativeEngine({ ring: false }), tls: addonTls },
 };
 
 const ENGINES_NATIVE = { engine: nativeEngine() };
@@ -53,6 +73,8 @@ interface Rival {
   readonly name: string;
   readonly where: World;
   readonly port: number;
+  /** The authority that a client of TLS must believe. */
+  readonly ca: Buffer;
 }
 
 async function makeFile(t: ExecutionContext): Promise<string> {
@@ -79,11 +101,15 @@ async function exportsOf(t: ExecutionContext, path: string): Promise<[Export, ..
 
 async function rivals(t: ExecutionContext, cut = false): Promise<Rival[]> {
   const path = await makeFile(t);
+  const authority = await Authority.make(join(await folder(t), 'ca'));
+  const credentials = credentialsOf(await authority.issue(SERVER));
+  const ca = readFileSync(authority.certificate);
   const made: Rival[] = [];
-  for (const [name, engine] of Object.entries(ENGINES)) {
-    const where = await world(t, await exportsOf(t, path), {}, { engine });
+  for (const [name, { engine, tls }] of Object.entries(ENGINES)) {
+    const security = { tls: tls(credentials), mode: 'on' } as const;
+    const where = await world(t, await exportsOf(t, path), {}, { engine, security });
     const listening = await where.server.listen({ host: '127.0.0.1', port: 0 });
-    made.push({ name, where, port: 'port' in listening ? listening.port : 0 });
+    made.push({ name, where, port: 'port' in listening ? listening.port : 0, ca });
   }
   if (cut) {
     await truncate(path, CUT);
@@ -93,6 +119,11 @@ async function rivals(t: ExecutionContext, cut = false): Promise<Rival[]> {
 
 async function negotiate(raw: RawClient, headers: HeaderStyle, contexts: string[]): Promise<void> {
   await raw.open();
+  await agree(raw, headers, contexts);
+}
+
+/** What comes behind the greeting, or behind TLS. */
+async function agree(raw: RawClient, headers: HeaderStyle, contexts: string[]): Promise<void> {
   if (headers !== 'simple') {
     await raw.expectAck(headers === 'extended' ? OPT.extendedHeaders : OPT.structuredReply);
     await raw.expectAck(OPT.setMetaContext, metaData('disk', ...contexts));
@@ -233,19 +264,24 @@ const streams = fc.constantFrom<HeaderStyle>('simple', 'structured', 'extended')
     ),
     cuts: fc.array(fc.nat({ max: 4000 }), { maxLength: 12 }),
     leaving: fc.constantFrom('disconnect', 'end'),
-    tcp: fc.boolean(),
+    transport: fc.constantFrom('unix', 'tcp', 'tls'),
   }),
 );
 
 type Stream = typeof streams extends fc.Arbitrary<infer T> ? T : never;
 
 /** Plays a stream to a server and returns all that it says until it closes. */
-async function play({ where, port }: Rival, stream: Stream): Promise<Buffer> {
-  const raw = stream.tcp
-    ? await RawClient.connect({ host: '127.0.0.1', port })
-    : await where.connect();
-  raw.socket.setNoDelay(true);
-  await negotiate(raw, stream.headers, stream.contexts);
+async function play({ where, port, ca }: Rival, stream: Stream): Promise<Buffer> {
+  const plain =
+    stream.transport === 'unix'
+      ? await where.connect()
+      : await RawClient.connect({ host: '127.0.0.1', port });
+  plain.socket.setNoDelay(true);
+  const raw = stream.transport === 'tls' ? await plain.openTls({ ca }) : plain;
+  if (raw === plain) {
+    await raw.open();
+  }
+  await agree(raw, stream.headers, stream.contexts);
   const parts = stream.asked.map((asked, index) => bytesOf(asked, index, stream.headers));
   if (stream.leaving === 'disconnect') {
     const length = 0n;
@@ -285,7 +321,7 @@ function isPrefix(short: readonly Buffer[], long: readonly Buffer[]): boolean {
 }
 
 /** Whether two sets of replies agree as far as both go. */
-function agree(a: Map<string, Buffer[]>, b: Map<string, Buffer[]>): boolean {
+function isSame(a: Map<string, Buffer[]>, b: Map<string, Buffer[]>): boolean {
   return [...a].every(([cookie, chunks]) => {
     const others = b.get(cookie) ?? [];
     return chunks.length < others.length ? isPrefix(chunks, others) : isPrefix(others, chunks);
@@ -320,7 +356,7 @@ for (const cut of [false, true]) {
             t.true(
               said.length === 0 ||
                 rival.length === 0 ||
-                agree(
+                isSame(
                   repliesOf(said, stream.asked, stream.headers),
                   repliesOf(rival, stream.asked, stream.headers),
                 ),
