@@ -166,7 +166,9 @@ bool Worker::Spin() {
     came = connection->ReceiveNow();
     if (!came) sched_yield();
   } while (!came && !woken_.load(std::memory_order_relaxed) && NowNs() - began < kSpinNs);
-  spin_credit_ = std::min(spin_credit_ + (came ? 1 : -4), kMostCredit);
+  // What comes later came while others had the processor: there is none to spare.
+  const bool in_time = came && NowNs() - began < kSpinNs;
+  spin_credit_ = std::min(spin_credit_ + (in_time ? 1 : -4), kMostCredit);
   if (came && !connection->closed()) Enqueue(connection);
   return came;
 }
