@@ -197,14 +197,15 @@ for (const { what, capability, settings, prepare, store } of [
   {
     what: 'the index of stored chunks',
     capability: 'failslab',
-    settings: { 'cache-filter': 1 },
+    // An xarray asks twice: at once, and then in a way that may wait.
+    settings: { 'cache-filter': 1, times: 2 },
     prepare: 'echo 1 >/sys/kernel/slab/radix_tree_node/failslab',
     store: 'file:/srv/store/file',
   },
   {
     what: 'a page of a store in memory',
     capability: 'fail_page_alloc',
-    settings: {},
+    settings: { times: 1 },
     prepare: 'true',
     store: `memory:${8 * MiB}`,
   },
@@ -214,8 +215,8 @@ for (const { what, capability, settings, prepare, store } of [
     await oracle.require(`open raw ${node('raw')} ${writtenBytes} ${paceUs}`);
     const [image] = await module.require(`take written trackers=${id} stores=${store}`);
     await guest.run(
-      `${prepare}\n${workersFail(true)}
-        ${fault(capability, { ...settings, 'task-filter': 'Y', interval: 1, times: 1, probability: 100 })}`,
+      `${prepare} || exit\n${workersFail(true)}
+        ${fault(capability, { ...settings, 'task-filter': 'Y', interval: 1, probability: 100 })}`,
     );
     await oracle.require('start raw');
     const [type, reason] = await module.require(`event written ${askLimitMs}`, 2 * askLimitMs);
