@@ -300,6 +300,8 @@ export class Guest {
       'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60',
       // REP_GOOD and ERMS: an emulated `rep movs` takes twice as long as a loop of moves.
       'clearcpuid=112,297',
+      // The checkers make half a minute of each question to ACPI which interrupt a disk has.
+      options.kernel === 'debug' ? 'acpi=noirq' : '',
       options.appendCmdline ?? '',
     ].join(' ');
     return [
