@@ -33,7 +33,7 @@ const disks = {
 /** Disks on other buses; see the arguments of QEMU. */
 const busDiskMiB = 16;
 
-const setupLimitMs = 300_000;
+const setupLimitMs = 900_000;
 /** What the last steps and the final checks may take, after the time is over. */
 const endLimitMs = 420_000;
 const showEveryMs = 2_000;
