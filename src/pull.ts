@@ -97,9 +97,10 @@ class Pull {
     );
     const isGone =
       explained instanceof StillblockError && ['NO_SERVER', 'NO_EXPORT'].includes(explained.code);
-    const isEither = /Input\/output error|disconnect|Connection reset|Broken pipe/i.test(
-      error.output,
-    );
+    // The second line is what a comparison says, without the reason.
+    const isEither =
+      /Input\/output error|disconnect|Connection reset|Broken pipe/i.test(error.output) ||
+      /Sector allocation test failed|Error while reading offset/.test(error.output);
     if (error.stalled || (!isGone && !isEither)) {
       return explained;
     }
