@@ -18,7 +18,7 @@ const MiB = 1 << 20;
 const kernel = '6.1';
 const nbdPort = 10809;
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
-const cliLimitMs = 120_000;
+const cliLimitMs = 300_000;
 
 const failed = 1;
 const usage = 2;

@@ -31,7 +31,7 @@ const changeBytes = 4096;
 /** fio passes that each application completes before and between the snapshots. */
 const passesBetween = 1;
 const passLimitMs = 180_000;
-const cliLimitMs = 120_000;
+const cliLimitMs = 300_000;
 
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const appender = `node ${shellQuote(join(checkout, 'dist/test/vm/appender.js'))}`;

@@ -14,7 +14,7 @@ import { shellQuote } from './initrd.ts';
 const MiB = 1 << 20;
 const kernel = testKernel();
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
-const cliLimitMs = 120_000;
+const cliLimitMs = 300_000;
 const compareLimitMs = 180_000;
 const socket = '/run/stacked.sock';
 const partition = { startMiB: 1, sizeMiB: 40 };
