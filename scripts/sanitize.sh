@@ -61,9 +61,8 @@ stress)
 fuzzer)
     build fuzzer
     mkdir -p "$output/corpus"
-    # Leaks are looked for in the middle of things here, when a read may be in a ring's memory
-    # alone, which is not searched. The stress runs look when all has ended.
-    exec "$output/fuzz" "-max_total_time=${2:-60}" -max_len=4096 -timeout=30 -rss_limit_mb=2048 -detect_leaks=0 \
+    LSAN_OPTIONS=suppressions=$checkout/test/native/fuzzer.lsan:print_suppressions=0 \
+        exec "$output/fuzz" "-max_total_time=${2:-60}" -max_len=4096 -timeout=30 -rss_limit_mb=2048 \
         -artifact_prefix="$output/" -print_final_stats=1 "$output/corpus"
     ;;
 node)
