@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that cannot be had, on the kernel with fault injection: at each single
-// allocation of an attach, of a take and of a store that is added, one after the
-// other, and on the way of a write. Each failure is a clean one, and leaves nothing.
+// Memory that cannot be had, on the kernel with fault injection: at single
+// allocations of an attach, of a take and of a store that is added, one after the
+// other (of a take a sample, all by STILLBLOCK_MEMORY_STEP=1), and on the way of a
+// write. Each failure is a clean one, and leaves nothing.
 
 import process from 'node:process';
 import test, { type ExecutionContext } from 'ava';
