@@ -134,6 +134,10 @@ class World {
   }
 
   static constexpr int kExports = 3;
+  static constexpr int kCapped = 2;
+
+  // Until when all is paid for that has passed the first cap of kCapped, CLOCK_MONOTONIC.
+  int64_t PaidUntilNs() { return std::atomic_ref<int64_t>(paid_until_).load(); }
 
   // Returns the client's end. @first: bytes that came with the handshake.
   UniqueFd Connect(int served, engine::Headers headers, std::vector<uint8_t> first, bool tcp,
@@ -177,7 +181,7 @@ class World {
                                maps_.dirty_starts.size(), kSize);
     spec.allocation = kind == 2 ? -1 : 0;
     spec.best_probe = probe_;
-    if (kind == 2) spec.caps = {{&paid_until_, 200 << 20}, {&paid_until_too_, 1000 << 20}};
+    if (kind == kCapped) spec.caps = {{&paid_until_, 200 << 20}, {&paid_until_too_, 1000 << 20}};
     spec.on_gone = [this] { gone_.fetch_add(1); };
     exports_.push_back(std::make_shared<engine::Export>(std::move(spec)));
   }

@@ -114,6 +114,25 @@ void TestProbes() {
   }
 }
 
+// Clients that ask for much of a capped export and are dropped at once, before their turn. The
+// cap has nothing to pay for then.
+void TestTurnsOfThoseWhoLeave() {
+  static constexpr int kLeavers = 400;
+  static constexpr int64_t kMostNs = 1'000'000'000;
+  harness::World world(true, engine::CacheProbe::kCachestat);
+  harness::Random random(1);
+  std::vector<uint8_t> bytes;
+  harness::Append(bytes, {.flags = 0, .type = 0, .cookie = 1, .offset = 0, .length = 3 << 20},
+                  engine::Headers::kSimple);
+  // No magic: a violation.
+  bytes.resize(bytes.size() + 4);
+  for (int i = 0; i < kLeavers; i++) {
+    harness::Converse(world.Connect(harness::World::kCapped, engine::Headers::kSimple, bytes, false),
+                      {}, random, nullptr, false);
+  }
+  harness::Require(world.PaidUntilNs() < engine::NowNs() + kMostNs, "those who left are paid for");
+}
+
 void Run(bool ring, engine::CacheProbe probe, uint64_t seed) {
   harness::World world(ring, probe);
   Client clients[kClients];
@@ -142,6 +161,7 @@ int main(int argc, char** argv) {
   const uint64_t total = argc > 1 ? strtoull(argv[1], nullptr, 10) : 20'000;
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
   TestProbes();
+  TestTurnsOfThoseWhoLeave();
   for (int turn = 0; turn < 4; turn++) {
     static constexpr engine::CacheProbe kProbes[] = {
         engine::CacheProbe::kCachestat, engine::CacheProbe::kMincore, engine::CacheProbe::kNone};

@@ -37,6 +37,9 @@ class CapTurn {
     }
   }
 
+  // Gives back what was reserved by one who leaves before its turn.
+  void GiveBack(uint64_t bytes) { std::atomic_ref<int64_t>(*paid_until_ns_).fetch_sub(Cost(bytes)); }
+
   // A wait that was to end at @due_ns has ended now.
   void Came(int64_t due_ns) {
     due_ns_ = due_ns;
@@ -51,8 +54,11 @@ class CapTurn {
     // Who comes right behind a late timer would have come earlier, had it not been late.
     bool is_next = now - came_ns_ <= kBurstNs && came_ns_ - due_ns_ <= kMostLateNs;
     int64_t saved = (is_next ? now - came_ns_ + due_ns_ : now) - kBurstNs;
-    auto cost = static_cast<int64_t>(bytes * 1'000'000'000 / bytes_per_second_);
-    return (before > saved ? before : saved) + cost;
+    return (before > saved ? before : saved) + Cost(bytes);
+  }
+
+  int64_t Cost(uint64_t bytes) const {
+    return static_cast<int64_t>(bytes * 1'000'000'000 / bytes_per_second_);
   }
 
   int64_t* paid_until_ns_ = nullptr;

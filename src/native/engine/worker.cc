@@ -408,6 +408,8 @@ uint64_t Worker::LeaveCaps(Connection* connection) {
   for (auto& [key, queue] : caps_) {
     if (queue.waiters.empty()) continue;
     bool first = queue.waiters.front().connection == connection;
+    // Or who asks and leaves, again and again, would have all the turns.
+    if (first) queue.turn.GiveBack(queue.waiters.front().task.piece_bytes);
     std::erase_if(queue.waiters, [&](const CapWaiter& waiter) {
       if (waiter.connection != connection) return false;
       budget += waiter.task.budget;
