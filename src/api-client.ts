@@ -9,7 +9,7 @@ import type { Logger } from 'pino';
 import { errorIn } from './api-errors.ts';
 import type { CommonOptions } from './commands/common.ts';
 import { type Configuration, configurationInForce } from './configuration.ts';
-import { Daemon } from './daemon.ts';
+import type { Daemon } from './daemon.ts';
 import { explain, StillblockError } from './errors.ts';
 import type { DaemonEvent } from './events.ts';
 import { makeLog } from './log.ts';
@@ -214,6 +214,7 @@ class SoloApi implements Api {
   }
 
   static async make(configuration: Configuration, log: Logger): Promise<SoloApi> {
+    const { Daemon } = await import('./daemon.ts');
     const daemon = new Daemon(configuration.folders, log, true);
     await daemon.adopt(configuration);
     return new SoloApi(daemon, configuration, log);

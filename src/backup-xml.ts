@@ -6,10 +6,11 @@
  * the meaning of a request and cannot be done is refused; what would not is accepted
  * with a warning.
  */
-import { XMLBuilder } from 'fast-xml-parser';
+
 import { NBD_DEFAULT_PORT } from '../nbd/constants.ts';
 import { isDiskName } from './block-devices.ts';
 import { isCheckpointName } from './checkpoints.ts';
+import { XMLBuilder } from './fast-xml.ts';
 import { type Checked, check, XmlDocument, type XmlElement } from './xml.ts';
 
 /** Where the backup's NBD server is to listen. */

@@ -17,9 +17,9 @@
  */
 import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import { XMLBuilder, XMLParser, XMLValidator } from 'fast-xml-parser';
 import { isDiskName } from './block-devices.ts';
 import { explain, StillblockError, usageError } from './errors.ts';
+import { XMLBuilder, XMLParser, XMLValidator } from './fast-xml.ts';
 import { checkpointFolder, type Folders, makeFolder } from './folders.ts';
 
 /** A disk at the instant of a checkpoint. */

@@ -62,9 +62,10 @@ stderr.on('error', () => {});
 
 let current: Command | undefined;
 try {
-  await makeProgram((command) => {
+  const program = await makeProgram(argv[2], (command) => {
     current = command;
-  }).parseAsync(argv);
+  });
+  await program.parseAsync(argv);
 } catch (thrown) {
   const error = toError(thrown);
   if (error !== undefined) {

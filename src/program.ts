@@ -2,20 +2,30 @@
 /** The command line: all commands, their options and their help. */
 import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
-import { backupCommand } from './commands/backup.ts';
-import { chainCommand } from './commands/chain.ts';
-import { checkpointCommand } from './commands/checkpoint.ts';
-import { completionCommand } from './commands/completion.ts';
-import { deviceCommand } from './commands/device.ts';
-import { doctorCommand } from './commands/doctor.ts';
-import { layoutCommand } from './commands/layout.ts';
-import { mapCommand } from './commands/map.ts';
-import { nbdCommand } from './commands/nbd.ts';
-import { p2vCommand } from './commands/p2v.ts';
-import { pullCommand } from './commands/pull.ts';
-import { restoreCommand } from './commands/restore.ts';
-import { serveCommand } from './commands/serve.ts';
-import { statusCommand } from './commands/status.ts';
+
+/**
+ * By their names, in the order of the help. Each brings what it needs, which is most of
+ * the time that a command takes to start.
+ */
+const COMMANDS: Readonly<Record<string, () => Promise<Command>>> = {
+  device: async () => (await import('./commands/device.ts')).deviceCommand(),
+  backup: async () => (await import('./commands/backup.ts')).backupCommand(),
+  status: async () => (await import('./commands/status.ts')).statusCommand(),
+  checkpoint: async () => (await import('./commands/checkpoint.ts')).checkpointCommand(),
+  map: async () => (await import('./commands/map.ts')).mapCommand(),
+  nbd: async () => (await import('./commands/nbd.ts')).nbdCommand(),
+  pull: async () => (await import('./commands/pull.ts')).pullCommand(),
+  chain: async () => (await import('./commands/chain.ts')).chainCommand(),
+  restore: async () => (await import('./commands/restore.ts')).restoreCommand(),
+  layout: async () => (await import('./commands/layout.ts')).layoutCommand(),
+  doctor: async () => (await import('./commands/doctor.ts')).doctorCommand(),
+  serve: async () => (await import('./commands/serve.ts')).serveCommand(),
+  p2v: async () => (await import('./commands/p2v.ts')).p2vCommand(),
+  completion: async () => (await import('./commands/completion.ts')).completionCommand(),
+};
+
+/** Print what they know of all the others. */
+const OF_ALL: readonly string[] = ['completion'];
 
 function version(): string {
   const text = readFileSync(new URL('../../package.json', import.meta.url), 'utf8');
@@ -32,27 +42,20 @@ function catchMistakes(command: Command): void {
   }
 }
 
-/** @param onCommand told which command was meant, before it runs */
-export function makeProgram(onCommand: (command: Command) => void = () => {}): Command {
+/**
+ * @param first what stands first on the command line: a command, which is the only one that
+ *   is needed then; where it is none, all are
+ * @param onCommand told which command was meant, before it runs
+ */
+export async function makeProgram(
+  first = '',
+  onCommand: (command: Command) => void = () => {},
+): Promise<Command> {
   const program = new Command('stillblock')
     .description(
       "Consistent read-only images of a running server's disks, and what changed since,\nover NBD.",
     )
     .version(version(), '-V, --version')
-    .addCommand(deviceCommand())
-    .addCommand(backupCommand())
-    .addCommand(statusCommand())
-    .addCommand(checkpointCommand())
-    .addCommand(mapCommand())
-    .addCommand(nbdCommand())
-    .addCommand(pullCommand())
-    .addCommand(chainCommand())
-    .addCommand(restoreCommand())
-    .addCommand(layoutCommand())
-    .addCommand(doctorCommand())
-    .addCommand(serveCommand())
-    .addCommand(p2vCommand())
-    .addCommand(completionCommand())
     .addHelpText(
       'after',
       `
@@ -65,6 +68,12 @@ Examples:
 Exit codes: 0 done, 1 failed, 2 usage, 3 a full backup is required, 4 store full.`,
     )
     .hook('preAction', (_program, command) => onCommand(command));
+  const alone = Object.hasOwn(COMMANDS, first) && !OF_ALL.includes(first);
+  for (const [name, load] of Object.entries(COMMANDS)) {
+    if (!alone || name === first) {
+      program.addCommand(await load());
+    }
+  }
   catchMistakes(program);
   return program;
 }

@@ -9,8 +9,9 @@
  * the nesting. Its parser builds the tree and says where each element begins.
  * References are decoded here, since the parser knows no numeric ones of XML alone.
  */
-import { XMLParser, XMLValidator } from 'fast-xml-parser';
+
 import { EXIT, StillblockError } from './errors.ts';
+import { XMLParser, XMLValidator } from './fast-xml.ts';
 
 /** A place in a text, both from 1. The column counts characters. */
 export interface Position {

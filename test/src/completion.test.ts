@@ -39,7 +39,7 @@ function placesOf(command: Command, above: readonly string[] = []): Place[] {
   ];
 }
 
-const program = makeProgram();
+const program = await makeProgram();
 const places = placesOf(program);
 
 /** What bash offers for each line, of which the last word is to be completed. */

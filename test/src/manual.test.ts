@@ -43,7 +43,7 @@ function commandsOf(command: Command, above: readonly string[] = []): [string, C
 test('each command and option is in it; if not, run scripts/manual.sh', async (t) => {
   const text = await shown(PAGES[0] ?? '');
   const sections = text.split(/^ {3}(?=\S)/m);
-  const commands = commandsOf(makeProgram());
+  const commands = commandsOf(await makeProgram());
   t.true(commands.length > 15);
   for (const [name, command] of commands) {
     const section = sections.find((each) => each.startsWith(`${name}\n`));

@@ -2,7 +2,8 @@
 /** What several NBD servers of one daemon have counted, in one answer. */
 import test from 'ava';
 import { countRequest, emptyFigures } from '../../nbd/figures.ts';
-import { Metrics, type NbdFigures, NO_FIGURES, sumFigures } from '../../src/metrics.ts';
+import { type NbdFigures, NO_FIGURES, sumFigures } from '../../src/metrics.ts';
+import { Metrics } from '../../src/prometheus.ts';
 
 function figuresOf(connections: number, reads: Readonly<Record<string, number>>): NbdFigures {
   const exports = new Map(
