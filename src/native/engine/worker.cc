@@ -125,7 +125,6 @@ void Worker::Loop() {
   while (!ending || !connections_.empty()) {
     WaitForEvents();
     if (woken_.load()) {
-      Clear(wake_.get());
       woken_.store(false);
       TakeOrders();
       for (Connection* connection : std::exchange(budget_waiters_, {})) Enqueue(connection);
@@ -200,7 +199,12 @@ bool Worker::Look(int timeout_ms) {
   for (int i = 0; i < count; i++) {
     void* tag = events[i].data.ptr;
     const uint32_t ready = events[i].events;
-    if (tag == &wake_tag || tag == &ring_tag) continue;
+    if (tag == &ring_tag) continue;
+    if (tag == &wake_tag) {
+      // Whether or not woken_ is still set: who sets it may write long after we have seen it.
+      Clear(wake_.get());
+      continue;
+    }
     if (tag == &timer_tag) {
       Clear(timer_.get());
       timer_at_ns_ = 0;
