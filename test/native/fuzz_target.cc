@@ -16,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<uint8_t> bytes(data + 2, data + size);
   std::vector<uint8_t> first;
   if (data[1] & 1) first.swap(bytes);
-  harness::Converse(world->Connect(served, headers, std::move(first), tcp), bytes, random, nullptr,
-                    false);
+  harness::Converse(*world, world->Connect(served, headers, std::move(first), tcp), bytes, random,
+                    nullptr, false);
   return 0;
 }

@@ -5,14 +5,17 @@
 #define STILLBLOCK_TEST_NATIVE_HARNESS_H_
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -22,6 +25,7 @@
 #include <string>
 #include <vector>
 
+#include "../../src/native/engine/clock.h"
 #include "../../src/native/engine/engine.h"
 
 namespace harness {
@@ -138,6 +142,13 @@ class World {
 
   // Until when all is paid for that has passed the first cap of kCapped, CLOCK_MONOTONIC.
   int64_t PaidUntilNs() { return std::atomic_ref<int64_t>(paid_until_).load(); }
+
+  // Says what may keep a client waiting.
+  void Describe() {
+    fprintf(stderr, "%llu bytes in flight, the cap is paid for in %lld ms\n",
+            static_cast<unsigned long long>(engine_->BytesInFlight()),
+            static_cast<long long>((PaidUntilNs() - engine::NowNs()) / 1'000'000));
+  }
 
   // Returns the client's end. @first: bytes that came with the handshake.
   UniqueFd Connect(int served, engine::Headers headers, std::vector<uint8_t> first, bool tcp,
@@ -292,12 +303,30 @@ inline void Append(std::vector<uint8_t>& bytes, const engine::Request& request,
   bytes.insert(bytes.end(), buffer, at);
 }
 
+// How long a server may say nothing before it is taken for dead. It must be more than a whole turn
+// of the cap: six clients with 128 pieces of 1 MiB each wait for less than 4 s at 200 MiB/s.
+constexpr int64_t kSilenceNs = 20'000'000'000;
+
+// Waits until there is something to do, whatever signals come: libFuzzer has an alarm of its own.
+// Returns false if there is nothing in time.
+inline bool WaitFor(struct pollfd& ready, int64_t most_ns) {
+  const int64_t end = engine::NowNs() + most_ns;
+  for (;;) {
+    const int64_t left = std::max<int64_t>(end - engine::NowNs(), 0);
+    const struct timespec timeout = {left / 1'000'000'000, left % 1'000'000'000};
+    int count = ppoll(&ready, 1, &timeout, nullptr);
+    if (count >= 0) return count > 0;
+    Require(errno == EINTR, "poll");
+  }
+}
+
 // Sends bytes in pieces, receives all the while, and returns when the server has closed, or when
 // it has had enough: a client that leaves in the middle.
-inline void Converse(UniqueFd socket, const std::vector<uint8_t>& bytes, Random& random,
-                     Checker* checker, bool leave) {
+inline void Converse(World& world, UniqueFd socket, const std::vector<uint8_t>& bytes,
+                     Random& random, Checker* checker, bool leave) {
   (void)fcntl(socket.get(), F_SETFL, O_NONBLOCK);
   size_t sent = 0;
+  uint64_t received = 0;
   std::vector<uint8_t> buffer(256 * 1024);
   uint64_t turns = leave ? random.Below(6) : UINT64_MAX;
   bool ended = false;
@@ -308,8 +337,12 @@ inline void Converse(UniqueFd socket, const std::vector<uint8_t>& bytes, Random&
     }
     struct pollfd ready = {socket.get(), POLLIN, 0};
     if (sent < bytes.size()) ready.events |= POLLOUT;
-    int count = poll(&ready, 1, 20'000);
-    Require(count > 0, "the server does not close");
+    if (!WaitFor(ready, kSilenceNs)) {
+      fprintf(stderr, "%zu of %zu bytes sent, %llu received, ", sent, bytes.size(),
+              static_cast<unsigned long long>(received));
+      world.Describe();
+      Fail("the server does not close");
+    }
     if ((ready.revents & POLLOUT) && sent < bytes.size()) {
       size_t most = random.Once(3) ? 40 : 70'000;
       size_t size = std::min<size_t>(1 + random.Below(most), bytes.size() - sent);
@@ -320,6 +353,7 @@ inline void Converse(UniqueFd socket, const std::vector<uint8_t>& bytes, Random&
     if (ready.revents & (POLLIN | POLLHUP | POLLERR)) {
       ssize_t got = recv(socket.get(), buffer.data(), 1 + random.Below(buffer.size()), 0);
       if (got == 0 || (got < 0 && errno != EAGAIN)) return;
+      if (got > 0) received += static_cast<uint64_t>(got);
       if (got > 0 && checker) checker->Feed(buffer.data(), static_cast<size_t>(got));
     }
   }

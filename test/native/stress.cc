@@ -3,6 +3,8 @@
 // the engine's core. For the sanitizers: stress MESSAGES SEED.
 #include <linux/magic.h>
 #include <pthread.h>
+#include <signal.h>
+#include <sys/time.h>
 #include <sys/vfs.h>
 
 #include <algorithm>
@@ -73,7 +75,7 @@ void Play(harness::World& world, Random& random) {
   if (random.Once(30)) world.Destroy(id);
   harness::Checker checker(headers, std::move(asked));
   const bool leave = random.Once(6);
-  harness::Converse(std::move(socket), bytes, random, in_step ? &checker : nullptr, leave);
+  harness::Converse(world, std::move(socket), bytes, random, in_step ? &checker : nullptr, leave);
   messages.fetch_add(count);
   replies.fetch_add(checker.taken());
 }
@@ -127,10 +129,60 @@ void TestTurnsOfThoseWhoLeave() {
   // No magic: a violation.
   bytes.resize(bytes.size() + 4);
   for (int i = 0; i < kLeavers; i++) {
-    harness::Converse(world.Connect(harness::World::kCapped, engine::Headers::kSimple, bytes, false),
-                      {}, random, nullptr, false);
+    UniqueFd socket =
+        world.Connect(harness::World::kCapped, engine::Headers::kSimple, bytes, false);
+    harness::Converse(world, std::move(socket), {}, random, nullptr, false);
   }
   harness::Require(world.PaidUntilNs() < engine::NowNs() + kMostNs, "those who left are paid for");
+}
+
+// A client that waits for a cap while signals come, as libFuzzer's alarm does.
+void TestSignals() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) {};
+  harness::Require(sigaction(SIGALRM, &action, nullptr) == 0, "sigaction");
+  harness::World world(true, engine::CacheProbe::kCachestat);
+  harness::Random random(1);
+  std::vector<uint8_t> bytes;
+  for (uint64_t cookie = 0; cookie < 20; cookie++) {
+    const engine::Request request = {
+        .flags = 0, .type = 0, .cookie = cookie, .offset = 0, .length = 3 << 20};
+    harness::Append(bytes, request, engine::Headers::kSimple);
+  }
+  const struct itimerval each = {{0, 1000}, {0, 1000}};
+  const struct itimerval never = {};
+  UniqueFd socket = world.Connect(harness::World::kCapped, engine::Headers::kSimple, {}, false);
+  harness::Require(setitimer(ITIMER_REAL, &each, nullptr) == 0, "setitimer");
+  harness::Converse(world, std::move(socket), bytes, random, nullptr, false);
+  harness::Require(setitimer(ITIMER_REAL, &never, nullptr) == 0, "setitimer");
+}
+
+int64_t ProcessorNs() {
+  struct timespec used;
+  harness::Require(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used) == 0, "clock_gettime");
+  return int64_t{used.tv_sec} * 1'000'000'000 + used.tv_nsec;
+}
+
+// Workers that are woken when all is done already, for the waker lost the processor in between.
+// They must sleep again.
+void TestLateWake() {
+  static constexpr int kMostFds = 1024;
+  static constexpr int64_t kMostNs = 25'000'000;
+  harness::World world(false, engine::CacheProbe::kNone);
+  int woken = 0;
+  for (int fd = 0; fd < kMostFds; fd++) {
+    char target[64] = {};
+    const std::string link = "/proc/self/fd/" + std::to_string(fd);
+    if (readlink(link.c_str(), target, sizeof(target) - 1) <= 0) continue;
+    if (strcmp(target, "anon_inode:[eventfd]") != 0) continue;
+    const uint64_t one = 1;
+    harness::Require(write(fd, &one, sizeof(one)) == sizeof(one), "write");
+    woken++;
+  }
+  harness::Require(woken == 2, "an eventfd for each worker");
+  const int64_t before = ProcessorNs();
+  usleep(100'000);
+  harness::Require(ProcessorNs() - before < kMostNs, "an idle worker does not sleep");
 }
 
 void Run(bool ring, engine::CacheProbe probe, uint64_t seed) {
@@ -162,6 +214,8 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
   TestProbes();
   TestTurnsOfThoseWhoLeave();
+  TestSignals();
+  TestLateWake();
   for (int turn = 0; turn < 4; turn++) {
     static constexpr engine::CacheProbe kProbes[] = {
         engine::CacheProbe::kCachestat, engine::CacheProbe::kMincore, engine::CacheProbe::kNone};
