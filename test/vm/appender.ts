@@ -11,7 +11,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { formatRecord } from './records.ts';
 
 /** Leaves an emulated processor some time for the other applications. */
-const pauseMs = 20;
+const pauseMs = 250;
 
 let stopping = false;
 process.once('SIGTERM', () => {

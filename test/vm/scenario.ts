@@ -31,6 +31,8 @@ const changeBytes = 4096;
 /** fio passes that each application completes before and between the snapshots. */
 const passesBetween = 1;
 const passLimitMs = 180_000;
+/** Starting fio takes an emulated processor three seconds, which the others need, too. */
+const fioPauseSeconds = 5;
 const cliLimitMs = 300_000;
 
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
@@ -130,11 +132,12 @@ async function prepareDisks(guest: Guest): Promise<readonly [Origin, Origin]> {
  */
 const fioLoop = (origin: Origin, options: string): string =>
   `while [ ! -e /run/stop ]; do
-    fio --name=${origin.fileSystem} --filename=${origin.mountPoint}/fio --size=24M --io_size=3M \
-      --rw=randwrite --bs=4k --rate_iops=100 --randrepeat=0 --verify=crc32c --verify_fatal=1 \
-      --verify_state_save=0 --minimal ${options} >/run/fio-${origin.fileSystem}.log 2>&1 ||
+    fio --name=${origin.fileSystem} --filename=${origin.mountPoint}/fio --size=24M --io_size=1M \
+      --rw=randwrite --bs=4k --rate_iops=40 --randrepeat=0 --verify=crc32c --verify_fatal=1 \
+      --verify_state_save=0 --thread --disk_util=0 --minimal ${options} >/run/fio-${origin.fileSystem}.log 2>&1 ||
       { cat /run/fio-${origin.fileSystem}.log >&2; exit 1; }
     echo pass
+    sleep ${fioPauseSeconds}
   done`;
 
 /** What writes all the time. */
