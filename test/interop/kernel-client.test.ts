@@ -3,8 +3,11 @@
  * Linux' own client, in a guest: it knows simple replies alone, believes every size it is
  * told, and puts a file system on top.
  */
+import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
+import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
+import { folder } from '../nbd/world.ts';
 import { checkout } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
@@ -19,25 +22,33 @@ interface Attachment {
   /** Arguments for nbd-client, but for the device. */
   readonly args: string;
   readonly blockSizeBytes: number;
+  /** Over TCP. */
   readonly connections: number;
 }
+
+const PORT = 10_809;
+const TLS_PORT = 10_810;
+/** In the guest: certificates of the server, and of a client that it knows. */
+const SERVER_FOLDER = '/run/server';
+const CLIENT_FOLDER = '/run/client';
+const CLIENT_FILES = `-cacertfile ${CLIENT_FOLDER}/ca-cert.pem -certfile ${CLIENT_FOLDER}/client-cert.pem -keyfile ${CLIENT_FOLDER}/client-key.pem`;
 
 const ATTACHMENTS: readonly Attachment[] = [
   {
     what: 'over TCP, as it is',
-    args: '127.0.0.1 10809 -N disk',
+    args: `127.0.0.1 ${PORT} -N disk`,
     blockSizeBytes: 512,
     connections: 1,
   },
   {
     what: 'over TCP, two connections',
-    args: '127.0.0.1 10809 -N disk -C 2',
+    args: `127.0.0.1 ${PORT} -N disk -C 2`,
     blockSizeBytes: 512,
     connections: 2,
   },
   {
     what: 'over TCP, blocks of 512 bytes',
-    args: '127.0.0.1 10809 -N disk -b 512',
+    args: `127.0.0.1 ${PORT} -N disk -b 512`,
     blockSizeBytes: 512,
     connections: 1,
   },
@@ -45,6 +56,13 @@ const ATTACHMENTS: readonly Attachment[] = [
     what: 'on a unix socket, blocks of 4 KiB',
     args: '-unix /run/nbd.sock -N disk -b 4096',
     blockSizeBytes: 4096,
+    connections: 0,
+  },
+  {
+    // A process of its own stands between the kernel, which knows no TLS, and the server.
+    what: 'over TLS, certificates of both',
+    args: `localhost ${TLS_PORT} -N disk -enable-tls -tlshostname localhost ${CLIENT_FILES}`,
+    blockSizeBytes: 512,
     connections: 1,
   },
 ];
@@ -54,9 +72,9 @@ async function check(guest: Guest, disk: string, attachment: Attachment): Promis
   const { args, blockSizeBytes } = attachment;
   const { stdout } = await guest.run(
     `set -e
-    nbd-client ${args} -R /dev/nbd0 >&2
+    nbd-client ${args} -R /dev/nbd0 </dev/null >/run/client.log 2>&1 || { cat /run/client.log >&2; exit 1; }
     blockdev --getro --getsize64 --getbsz /dev/nbd0
-    ss -Htn state established '( dport = :10809 )' | wc -l
+    ss -Htn state established '( dport = :${PORT} or dport = :${TLS_PORT} )' | wc -l
     cmp /dev/nbd0 ${disk}
     # At places and in sizes that are nobody's favourites, some 16 at a time.
     fio --name=r --filename=/dev/nbd0 --readonly --rw=randread --bsrange=${blockSizeBytes}-96k \
@@ -73,8 +91,27 @@ async function check(guest: Guest, disk: string, attachment: Attachment): Promis
   return stdout;
 }
 
-test('nbd-client: plain, two connections, small blocks, a unix socket', async (t) => {
-  t.timeout(10 * 60_000);
+/** Certificates in the guest. */
+async function certify(t: ExecutionContext, guest: Guest): Promise<void> {
+  const home = await folder(t);
+  const authority = await Authority.make(join(home, 'ca'));
+  const folders = {
+    [SERVER_FOLDER]: { server: await authority.issue(SERVER) },
+    [CLIENT_FOLDER]: { client: await authority.issue(clientTemplate('kernel')) },
+  };
+  for (const [there, certificates] of Object.entries(folders)) {
+    const here = join(home, there);
+    await conventionalFolder(here, authority, certificates);
+    await guest.run(`mkdir -m 700 ${there}`);
+    for (const name of await readdir(here)) {
+      const text = await readFile(join(here, name), 'utf8');
+      await guest.run(`printf %s ${shellQuote(text)} >${join(there, name)}`);
+    }
+  }
+}
+
+test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', async (t) => {
+  t.timeout(15 * 60_000);
   const sizeBytes = 48 * MIB + 512;
   const guest = await bootGuest({ kernel: '6.1', disks: [{ name: 'disk', sizeBytes }] });
   t.teardown(() => guest.kill());
@@ -86,17 +123,22 @@ test('nbd-client: plain, two connections, small blocks, a unix socket', async (t
     cp /usr/bin/python3 /usr/bin/qemu-img /usr/bin/nbdcopy /mnt
     (cd /mnt && sha256sum python3 qemu-img nbdcopy >sums)
     umount /mnt`);
-  const server = guest.start(
-    `exec ${cli} nbd --json -U /run/nbd.sock -p 10809 --export disk=${disk}`,
+  await certify(t, guest);
+  const options = `--json --export disk=${disk}`;
+  const servers = [
+    `-U /run/nbd.sock -p ${PORT}`,
+    `-p ${TLS_PORT} --tls-certificates ${SERVER_FOLDER} --tls-verify-peer --tls require`,
+  ].map((addresses) => guest.start(`exec ${cli} nbd ${options} ${addresses}`));
+  await Promise.all(
+    servers.map((server) => server.waitForOutput(/"event":"serving"/, startLimitMs)),
   );
-  await server.waitForOutput(/"event":"serving"/, startLimitMs);
   for (const attachment of ATTACHMENTS) {
     const said = await check(guest, disk, attachment);
-    const tcp = attachment.args.includes('127.0.0.1') ? attachment.connections : 0;
+    const { what, blockSizeBytes, connections } = attachment;
     t.deepEqual(
       said.trim().split('\n'),
-      ['1', String(sizeBytes), String(attachment.blockSizeBytes), String(tcp)],
-      attachment.what,
+      [1, sizeBytes, blockSizeBytes, connections].map(String),
+      what,
     );
   }
   await guest.shutdown();
