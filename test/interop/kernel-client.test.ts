@@ -3,11 +3,9 @@
  * Linux' own client, in a guest: it knows simple replies alone, believes every size it is
  * told, and puts a file system on top.
  */
-import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import test, { type ExecutionContext } from 'ava';
-import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
-import { folder } from '../nbd/world.ts';
+import test from 'ava';
+import { certify } from '../vm/certify.ts';
 import { checkout } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
@@ -91,25 +89,6 @@ async function check(guest: Guest, disk: string, attachment: Attachment): Promis
   return stdout;
 }
 
-/** Certificates in the guest. */
-async function certify(t: ExecutionContext, guest: Guest): Promise<void> {
-  const home = await folder(t);
-  const authority = await Authority.make(join(home, 'ca'));
-  const folders = {
-    [SERVER_FOLDER]: { server: await authority.issue(SERVER) },
-    [CLIENT_FOLDER]: { client: await authority.issue(clientTemplate('kernel')) },
-  };
-  for (const [there, certificates] of Object.entries(folders)) {
-    const here = join(home, there);
-    await conventionalFolder(here, authority, certificates);
-    await guest.run(`mkdir -m 700 ${there}`);
-    for (const name of await readdir(here)) {
-      const text = await readFile(join(here, name), 'utf8');
-      await guest.run(`printf %s ${shellQuote(text)} >${join(there, name)}`);
-    }
-  }
-}
-
 test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', async (t) => {
   t.timeout(15 * 60_000);
   const sizeBytes = 48 * MIB + 512;
@@ -123,7 +102,7 @@ test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', asy
     cp /usr/bin/python3 /usr/bin/qemu-img /usr/bin/nbdcopy /mnt
     (cd /mnt && sha256sum python3 qemu-img nbdcopy >sums)
     umount /mnt`);
-  await certify(t, guest);
+  await certify(guest, SERVER_FOLDER, { kernel: CLIENT_FOLDER });
   const options = `--json --export disk=${disk}`;
   const servers = [
     `-U /run/nbd.sock -p ${PORT}`,

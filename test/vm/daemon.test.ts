@@ -7,6 +7,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import test from 'ava';
 import { buildTool } from '../kernels/world.ts';
+import { certify } from './certify.ts';
 import { checkout } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
 import { bootGuest, type Guest } from './guest.ts';
@@ -20,6 +21,8 @@ const metrics = '/run/metrics.sock';
 /** A file of pre-shared keys, and a port whose clients need one. */
 const keys = '/etc/stillblock/keys';
 const keyPort = 10_810;
+/** Certificates of the server, and of two clients that its authority knows. */
+const pki = { server: '/etc/stillblock/pki', proxy: '/run/proxy', guest: '/run/guest' } as const;
 const twoBytes = 16 * MiB;
 
 let guest: Guest;
@@ -334,9 +337,11 @@ test.serial('a configuration that is wrong changes nothing, a right one does', a
     `set -e; printf '#!/bin/sh\\necho $1 >>/run/hooked\\n' >/run/hook; chmod 755 /run/hook
     umask 077; printf 'anna:%064d\\nbob:%064d\\n' 1 2 >${keys}`,
   );
+  const { server, ...clients } = pki;
+  await certify(guest, server, clients);
   await write(
     `<hooks><hook name="log" script="/run/hook"/></hooks><devices><device path="${one}" name="system"/><device path="${two}" name="data"/><device path="/dev/absent"/></devices>
-    <nbd><listen address="127.0.0.1" port="${keyPort}"/><tls psk="${keys}"><allow user="anna" export="system*"/></tls></nbd>
+    <nbd><listen address="127.0.0.1" port="${keyPort}"/><tls psk="${keys}" certificates="${pki.server}" verify-peer="yes"><allow user="anna" export="system*"/><allow subject="CN=proxy,*" export="data"/></tls></nbd>
     <api socket="/run/other.sock"/>`,
   );
   const events = guest.start(
@@ -374,6 +379,11 @@ test.serial('the configuration says who may read what', async (t) => {
   t.false(await reads(uri('anna', 'data')), 'another export');
   t.false(await reads(uri('bob', 'system')), 'another user');
   t.false(await reads(`nbd://127.0.0.1:${keyPort}/system`), 'without TLS');
+  const shown = (folder: string, name: string): string =>
+    `'nbds://127.0.0.1:${keyPort}/${name}?tls-certificates=${folder}'`;
+  t.true(await reads(shown(pki.proxy, 'data')));
+  t.false(await reads(shown(pki.proxy, 'system')), 'another export');
+  t.false(await reads(shown(pki.guest, 'data')), 'another certificate of the same authority');
 });
 
 test.serial('killed at any step, it comes up right again', async (t) => {
