@@ -11,7 +11,9 @@ import type { TlsCredentials } from '../../nbd/tls.ts';
 const execute = promisify(execFile);
 
 async function certtool(...args: string[]): Promise<void> {
-  await execute('certtool', args);
+  // It does not come to an end with the runtime of a sanitizer in it.
+  const { LD_PRELOAD: _, ...env } = process.env;
+  await execute('certtool', args, { env });
 }
 
 /** A certificate and its key, in files. */
