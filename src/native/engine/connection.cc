@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "clock.h"
@@ -738,6 +739,10 @@ void Connection::PutMark(const Task& task, uint32_t budget, bool ends, bool fail
                     .failed = failed});
 }
 
+bool Connection::HasBytes(std::deque<Piece>::const_iterator from) const {
+  return std::any_of(from, out_.end(), [](const Piece& piece) { return piece.size > 0; });
+}
+
 // Sends what is queued until the socket takes no more. Returns whether anything was sent.
 bool Connection::Flush() {
   bool sent = false;
@@ -749,7 +754,8 @@ bool Connection::Flush() {
     }
     ssize_t result;
     if (out_.front().pipe) {
-      bool more = out_.size() > 1;
+      // TCP holds the end of what is not the last back, so room that waits for a reply is none.
+      bool more = HasBytes(std::next(out_.begin()));
       result = transport_->SendPipe(out_.front().pipe->read.get(), out_.front().size, more);
     } else {
       struct iovec vectors[kVectors];
@@ -760,7 +766,7 @@ bool Connection::Flush() {
         vectors[count++] = {const_cast<uint8_t*>(piece->data), piece->size};
       }
       if (count == 0) break;
-      result = transport_->Send(vectors, count, piece != out_.end());
+      result = transport_->Send(vectors, count, HasBytes(piece));
     }
     if (result == -EINTR) continue;
     if (result == -EAGAIN) {

@@ -178,6 +178,8 @@ class Connection {
   void Commit(size_t bytes);
   void Append(Piece piece);
   void PutMark(const Task& task, uint32_t budget, bool ends, bool failed);
+  // Whether anything is to be sent from there on.
+  bool HasBytes(std::deque<Piece>::const_iterator from) const;
   bool Flush();
   void Consume(size_t bytes);
   void CheckFinished();
