@@ -239,7 +239,8 @@ test.serial('several stores are one', async (t) => {
 });
 
 test.serial('a store grows while it is held', async (t) => {
-  await guest.run('fallocate -l 48M /srv/other/more; sync');
+  // The command line makes its own, for which there would be no room then.
+  if (!withProduct) await guest.run('fallocate -l 48M /srv/other/more; sync');
   // What it writes would not wait for the answer to the watermark.
   const [completed] = await oracle.require('stop raw');
   const held = await hold(
