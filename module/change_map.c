@@ -16,11 +16,13 @@
  * stb_change_map_create() - begin a history with a new generation
  * @nr_sect: size of the device, sectors
  * @block_shift: log2 of the block size in bytes
+ * @began: enum stillblock_history: why
  *
  * Return: the map, or NULL without memory.
  */
 struct stb_change_map *stb_change_map_create(sector_t nr_sect,
-					     unsigned int block_shift)
+					     unsigned int block_shift,
+					     u32 began)
 {
 	struct stb_change_map *map = kzalloc(sizeof(*map), GFP_KERNEL);
 
@@ -30,6 +32,7 @@ struct stb_change_map *stb_change_map_create(sector_t nr_sect,
 	map->nr_blocks = stb_nr_blocks(nr_sect, block_shift);
 	map->block_shift = block_shift;
 	map->number = 1;
+	map->began = began;
 	uuid_gen(&map->generation);
 	map->numbers = vzalloc(map->nr_blocks);
 	if (!map->numbers) {
@@ -69,5 +72,6 @@ void stb_change_map_switch(struct stb_change_map *map, u8 *copy)
 	}
 	memset(map->numbers, 0, map->nr_blocks);
 	WRITE_ONCE(map->number, 1);
+	map->began = STILLBLOCK_HISTORY_EXHAUSTED;
 	uuid_gen(&map->generation);
 }

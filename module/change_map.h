@@ -19,6 +19,7 @@
  *	while every write of the device is held
  * @generation: identity of this history. A checkpoint of another generation
  *	says nothing about this map
+ * @began: enum stillblock_history: why @generation began
  */
 struct stb_change_map {
 	u8 *numbers;
@@ -27,10 +28,12 @@ struct stb_change_map {
 	unsigned int block_shift;
 	u8 number;
 	uuid_t generation;
+	u32 began;
 };
 
 struct stb_change_map *stb_change_map_create(sector_t nr_sect,
-					     unsigned int block_shift);
+					     unsigned int block_shift,
+					     u32 began);
 void stb_change_map_destroy(struct stb_change_map *map);
 void stb_change_map_switch(struct stb_change_map *map, u8 *copy);
 

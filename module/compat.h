@@ -233,6 +233,75 @@ static inline unsigned int stb_disk_inflight_writes(struct gendisk *disk)
 	return nr;
 }
 
+/**
+ * stb_disk_written_sect() - sectors written to a disk since it appeared
+ * @disk: disk
+ *
+ * Return: how many, of all its partitions, discards included.
+ */
+static inline u64 stb_disk_written_sect(struct gendisk *disk)
+{
+#if STB_HAS_HD_STRUCT
+	return (u64)part_stat_read(&disk->part0, sectors[STAT_WRITE]) +
+	       part_stat_read(&disk->part0, sectors[STAT_DISCARD]);
+#else
+	return (u64)part_stat_read(disk->part0, sectors[STAT_WRITE]) +
+	       part_stat_read(disk->part0, sectors[STAT_DISCARD]);
+#endif
+}
+
+/**
+ * stb_whole() - the device that is all of a disk
+ * @bdev: it, or a partition of it
+ *
+ * Return: the device.
+ */
+static inline struct block_device *stb_whole(struct block_device *bdev)
+{
+#if STB_HAS_HD_STRUCT
+	return bdev->bd_contains;
+#else
+	return bdev_whole(bdev);
+#endif
+}
+
+/**
+ * stb_disk_parts() - where the partitions of a disk begin
+ * @disk: disk
+ * @starts: out: first sectors
+ * @max: length of @starts
+ *
+ * Return: how many there are, or -E2BIG for more than @max.
+ */
+static inline int stb_disk_parts(struct gendisk *disk, u64 *starts, int max)
+{
+	int nr = 0;
+#if STB_HAS_HD_STRUCT
+	struct disk_part_iter it;
+	struct hd_struct *part;
+
+	disk_part_iter_init(&it, disk, 0);
+	while ((part = disk_part_iter_next(&it)) && nr <= max) {
+		if (nr < max)
+			starts[nr] = part->start_sect;
+		nr++;
+	}
+	disk_part_iter_exit(&it);
+#else
+	struct block_device *part;
+	unsigned long i;
+
+	rcu_read_lock();
+	xa_for_each_start(&disk->part_tbl, i, part, 1) {
+		if (nr < max)
+			starts[nr] = part->bd_start_sect;
+		nr++;
+	}
+	rcu_read_unlock();
+#endif
+	return nr > max ? -E2BIG : nr;
+}
+
 /*
  * Bios.
  */

@@ -17,6 +17,7 @@
 
 #include "geometry.h"
 #include "main.h"
+#include "persist.h"
 #include "snapshot.h"
 #include "tracker.h"
 
@@ -180,6 +181,22 @@ static long control_take(void __user *arg)
 	return ret;
 }
 
+static long control_place(void __user *arg)
+{
+	struct stillblock_place args;
+	long ret;
+
+	if (copy_from_user(&args, arg, sizeof(args)))
+		return -EFAULT;
+	args.reason = STILLBLOCK_REASON_NONE;
+	if (args.flags != STILLBLOCK_PLACE_DROP)
+		args.history = STILLBLOCK_HISTORY_OK;
+	stb_control_lock();
+	ret = stb_persist_place(&args);
+	stb_control_unlock();
+	return copy_to_user(arg, &args, sizeof(args)) ? -EFAULT : ret;
+}
+
 static long control_ioctl(struct file *file, unsigned int cmd,
 			  unsigned long arg)
 {
@@ -200,6 +217,8 @@ static long control_ioctl(struct file *file, unsigned int cmd,
 		return control_take(p);
 	case STILLBLOCK_IOC_MARK:
 		return control_mark(p);
+	case STILLBLOCK_IOC_PLACE:
+		return control_place(p);
 	default:
 		return -ENOTTY;
 	}

@@ -11,6 +11,7 @@
 #include "hook.h"
 #include "image.h"
 #include "main.h"
+#include "persist.h"
 #include "tracker.h"
 
 #define CREATE_TRACE_POINTS
@@ -43,11 +44,16 @@ static int __init stb_init(void)
 	ret = stb_image_module_init();
 	if (ret)
 		goto exit_tracker;
-	ret = stb_control_init();
+	ret = stb_persist_init();
 	if (ret)
 		goto exit_image;
+	ret = stb_control_init();
+	if (ret)
+		goto exit_persist;
 	return 0;
 
+exit_persist:
+	stb_persist_exit();
 exit_image:
 	stb_image_module_exit();
 exit_tracker:
@@ -64,6 +70,7 @@ destroy_wq:
 static void __exit stb_exit(void)
 {
 	stb_control_exit();
+	stb_persist_exit();
 	/* What was left to a worker may just be returning from it. */
 	destroy_workqueue(stb_thaw_wq);
 	destroy_workqueue(stb_freeze_wq);

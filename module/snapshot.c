@@ -22,6 +22,7 @@
 #include "cow.h"
 #include "freeze.h"
 #include "main.h"
+#include "persist.h"
 #include "snapshot.h"
 #include "trace.h"
 #include "tracker.h"
@@ -460,6 +461,18 @@ static void snapshot_release_origins(struct stb_snapshot *s)
 	}
 }
 
+/**
+ * stb_snapshot_abandon() - end a snapshot for the machine goes down
+ * @s: snapshot
+ *
+ * Context: control mutex held.
+ */
+void stb_snapshot_abandon(struct stb_snapshot *s)
+{
+	stb_snapshot_fail(s, STILLBLOCK_REASON_SHUTDOWN);
+	snapshot_release_origins(s);
+}
+
 /*
  * The end of a snapshot whose origins have been released. I/O may be in
  * flight, to a store that hangs perhaps: then a worker frees the rest when it
@@ -730,6 +743,10 @@ int stb_snapshot_take(struct stillblock_take *args, struct file **file)
 	ret = snapshot_check_args(args);
 	if (ret)
 		return ret;
+	if (stb_persist_sealed()) {
+		args->reason = STILLBLOCK_REASON_SHUTDOWN;
+		return -ESHUTDOWN;
+	}
 	args->reason = STILLBLOCK_REASON_NO_MEMORY;
 	s = snapshot_alloc(args);
 	if (!s)

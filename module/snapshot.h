@@ -82,6 +82,7 @@ int stb_snapshot_take(struct stillblock_take *args, struct file **file);
 void stb_snapshot_get(struct stb_snapshot *s);
 void stb_snapshot_put(struct stb_snapshot *s);
 void stb_snapshot_fail(struct stb_snapshot *s, u32 reason);
+void stb_snapshot_abandon(struct stb_snapshot *s);
 void stb_snapshot_low(struct stb_snapshot *s);
 
 /**

@@ -17,6 +17,7 @@
 #include "hook.h"
 #include "image.h"
 #include "main.h"
+#include "persist.h"
 #include "trace.h"
 #include "tracker.h"
 
@@ -161,11 +162,14 @@ void stb_tracker_count(struct stb_tracker *t, struct bio *bio)
 	this_cpu_inc(t->figures->inflight);
 }
 
-/*
- * Counted writes in flight. While none is added it is never too small, since
- * what other processors take away meanwhile is seen or not.
+/**
+ * stb_tracker_inflight() - counted writes in flight
+ * @t: tracker
+ *
+ * Return: how many. While none is added it is never too small, since what other
+ * processors take away meanwhile is seen or not.
  */
-static long tracker_inflight(struct stb_tracker *t)
+long stb_tracker_inflight(struct stb_tracker *t)
 {
 	long nr = 0;
 	int cpu;
@@ -305,7 +309,7 @@ int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline)
 	synchronize_rcu_expedited();
 	/* The worker may have taken a write off the list and not counted it yet. */
 	flush_work(&t->work);
-	while (tracker_inflight(t)) {
+	while (stb_tracker_inflight(t)) {
 		if (time_after(jiffies, deadline))
 			return -ETIMEDOUT;
 		usleep_range(50, 100);
@@ -351,7 +355,8 @@ struct stb_change_map *stb_tracker_map(struct stb_tracker *t)
  * attach.
  */
 static struct stb_change_map *tracker_new_map(struct stb_tracker *t,
-					      sector_t nr_sect, u32 *reason)
+					      sector_t nr_sect, u32 began,
+					      u32 *reason)
 {
 	unsigned int shift = t->block_size ? ilog2(t->block_size) :
 					     stb_block_shift(nr_sect);
@@ -365,7 +370,7 @@ static struct stb_change_map *tracker_new_map(struct stb_tracker *t,
 		*reason = STILLBLOCK_REASON_BAD_BLOCK_SIZE;
 		return ERR_PTR(-EINVAL);
 	}
-	map = stb_change_map_create(nr_sect, shift);
+	map = stb_change_map_create(nr_sect, shift, began);
 	if (!map) {
 		*reason = STILLBLOCK_REASON_NO_MEMORY;
 		return ERR_PTR(-ENOMEM);
@@ -395,7 +400,8 @@ int stb_tracker_refresh(struct stb_tracker *t, u32 *reason)
 	}
 	if (stb_bdev_nr_sect(t->dev.bdev) == old->nr_sect)
 		return 0;
-	fresh = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev), reason);
+	fresh = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev),
+				STILLBLOCK_HISTORY_RESIZED, reason);
 	if (IS_ERR(fresh))
 		return PTR_ERR(fresh);
 	rcu_assign_pointer(t->map, fresh);
@@ -404,6 +410,7 @@ int stb_tracker_refresh(struct stb_tracker *t, u32 *reason)
 		&fresh->generation);
 	synchronize_rcu();
 	stb_change_map_destroy(old);
+	stb_persist_resized(t);
 	return 0;
 }
 
@@ -435,7 +442,7 @@ static void tracker_free_work(struct work_struct *work)
 	struct stb_tracker *t = container_of(to_delayed_work(work),
 					     struct stb_tracker, free_work);
 
-	if (tracker_inflight(t)) {
+	if (stb_tracker_inflight(t)) {
 		queue_delayed_work(stb_wq, &t->free_work, STB_DETACH_TIMEOUT);
 		return;
 	}
@@ -456,6 +463,21 @@ struct stb_tracker *stb_tracker_find(u64 id)
 {
 	stb_assert_control();
 	return id <= U32_MAX ? xa_load(&trackers, id) : NULL;
+}
+
+/**
+ * stb_tracker_next() - go through all trackers
+ * @after: id of the one before, 0 for the first
+ *
+ * Context: control mutex held.
+ * Return: the tracker with the next id, without a reference, or NULL.
+ */
+struct stb_tracker *stb_tracker_next(u64 after)
+{
+	unsigned long id = after;
+
+	stb_assert_control();
+	return xa_find_after(&trackers, &id, ULONG_MAX, XA_PRESENT);
 }
 
 static u32 tracker_unsuitable(struct block_device *bdev)
@@ -504,7 +526,8 @@ static int tracker_open(struct stb_tracker *t, dev_t dev, u32 *reason)
 		*reason = STILLBLOCK_REASON_ALREADY_ATTACHED;
 		goto close;
 	}
-	map = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev), reason);
+	map = tracker_new_map(t, stb_bdev_nr_sect(t->dev.bdev),
+			      STILLBLOCK_HISTORY_FIRST, reason);
 	if (IS_ERR(map)) {
 		ret = PTR_ERR(map);
 		goto close;
@@ -526,6 +549,7 @@ close:
  */
 int stb_tracker_attach(struct stillblock_attach *args)
 {
+	struct stb_record *saved;
 	struct stb_tracker *t;
 	dev_t dev;
 	int ret;
@@ -533,6 +557,10 @@ int stb_tracker_attach(struct stillblock_attach *args)
 	stb_assert_control();
 	if (args->flags)
 		return -EINVAL;
+	if (stb_persist_sealed()) {
+		args->reason = STILLBLOCK_REASON_SHUTDOWN;
+		return -ESHUTDOWN;
+	}
 	if (args->block_size &&
 	    (!is_power_of_2(args->block_size) ||
 	     args->block_size < 1u << STB_BLOCK_SHIFT_MIN ||
@@ -563,6 +591,8 @@ int stb_tracker_attach(struct stillblock_attach *args)
 	atomic64_set(&t->nr_held_writes, 0);
 	t->mode = STB_PASS;
 	t->block_size = args->block_size;
+	memcpy(t->identity, args->identity, sizeof(t->identity));
+	t->record = -1;
 
 	args->reason = STILLBLOCK_REASON_NONE;
 	ret = tracker_open(t, dev, &args->reason);
@@ -575,18 +605,26 @@ int stb_tracker_attach(struct stillblock_attach *args)
 		args->reason = STILLBLOCK_REASON_NO_MEMORY;
 		goto close;
 	}
+	/* In use, on stable storage, before the first write is tracked. */
+	saved = stb_persist_claim(t);
+	if (saved)
+		stb_tracker_set_mode(t, STB_GATE, NULL);
 	ret = stb_hook_add(t, &args->reason);
 	if (ret)
-		goto erase;
+		goto forget;
 	last_id = t->id;
+	stb_persist_attached(t, saved);
 	/* A module with trackers is in use: their history would be lost. */
 	__module_get(THIS_MODULE);
 	args->tracker = t->id;
-	pr_info("%pg: tracked, generation %pU\n", t->dev.bdev,
-		&stb_tracker_map(t)->generation);
+	pr_info("%pg: tracked, generation %pU %s\n", t->dev.bdev,
+		&stb_tracker_map(t)->generation,
+		t->taken_up ? "taken up" : "begun");
 	return 0;
 
-erase:
+forget:
+	kfree(saved);
+	stb_persist_forget(t);
 	xa_erase(&trackers, t->id);
 close:
 	stb_change_map_destroy(stb_tracker_map(t));
@@ -609,10 +647,16 @@ int stb_tracker_detach(struct stillblock_detach *args)
 {
 	struct stb_tracker *t;
 	unsigned long limit;
+	bool keep = args->flags & STILLBLOCK_DETACH_KEEP;
+	int ret;
 
 	stb_assert_control();
-	if (args->flags)
+	if (args->flags & ~STILLBLOCK_DETACH_KEEP)
 		return -EINVAL;
+	if (stb_persist_sealed()) {
+		args->reason = STILLBLOCK_REASON_SHUTDOWN;
+		return -ESHUTDOWN;
+	}
 	t = stb_tracker_find(args->tracker);
 	if (!t) {
 		args->reason = STILLBLOCK_REASON_NOT_ATTACHED;
@@ -622,12 +666,26 @@ int stb_tracker_detach(struct stillblock_detach *args)
 		args->reason = STILLBLOCK_REASON_IN_SNAPSHOT;
 		return -EBUSY;
 	}
+	if (keep) {
+		ret = stb_tracker_gate(t, jiffies + STB_DETACH_TIMEOUT);
+		if (ret) {
+			stb_tracker_ungate(t);
+			args->reason = STILLBLOCK_REASON_DRAIN_TIMEOUT;
+			return ret;
+		}
+		stb_persist_prepare(t);
+	}
 	xa_erase(&trackers, t->id);
 	stb_hook_remove(t);
-	flush_work(&t->work);
+	if (keep)
+		stb_persist_keep(t);
+	else
+		stb_persist_forget(t);
+	/* What waited meanwhile is written unseen, and the next attach knows. */
+	stb_tracker_ungate(t);
 	pr_info("%pg: no longer tracked\n", t->dev.bdev);
 	limit = jiffies + STB_DETACH_TIMEOUT;
-	while (tracker_inflight(t) && time_before(jiffies, limit))
+	while (stb_tracker_inflight(t) && time_before(jiffies, limit))
 		usleep_range(100, 200);
 	tracker_free_work(&t->free_work.work);
 	return 0;
@@ -653,6 +711,10 @@ static void tracker_describe(struct stb_tracker *t,
 		out->flags |= STILLBLOCK_TRACKER_RESIZED;
 	memcpy(out->generation, &map->generation, sizeof(out->generation));
 	out->number = map->number;
+	out->began = map->began;
+	out->kept = stb_persist_kept(t);
+	if (t->taken_up)
+		out->flags |= STILLBLOCK_TRACKER_TAKEN_UP;
 	for_each_possible_cpu(cpu)
 		out->nr_writes += per_cpu_ptr(t->figures, cpu)->writes;
 	out->nr_held_writes = atomic64_read(&t->nr_held_writes);

@@ -85,6 +85,10 @@ struct stb_tracker_figures {
  * @snapshot: the snapshot that it belongs to; under the control mutex
  * @figures: per CPU
  * @nr_held_writes: all writes that were ever held
+ * @identity: by which its history is found after a reboot; all zero: none
+ * @record: index of its record in the place, or negative
+ * @kept: enum stillblock_history: why its history will not be kept
+ * @taken_up: its history was there before it was attached
  * @free_work: frees a detached tracker when its last write has completed
  */
 struct stb_tracker {
@@ -105,6 +109,10 @@ struct stb_tracker {
 	struct stb_snapshot *snapshot;
 	struct stb_tracker_figures __percpu *figures;
 	atomic64_t nr_held_writes;
+	u8 identity[STILLBLOCK_IDENTITY_SIZE];
+	int record;
+	u32 kept;
+	bool taken_up;
 	struct delayed_work free_work;
 };
 
@@ -113,6 +121,7 @@ int stb_tracker_detach(struct stillblock_detach *args);
 int stb_tracker_list(struct stillblock_list *args);
 int stb_tracker_mark(struct stillblock_mark *args);
 struct stb_tracker *stb_tracker_find(u64 id);
+struct stb_tracker *stb_tracker_next(u64 after);
 struct stb_change_map *stb_tracker_map(struct stb_tracker *t);
 int stb_tracker_refresh(struct stb_tracker *t, u32 *reason);
 void stb_tracker_put(struct stb_tracker *t);
@@ -122,6 +131,7 @@ void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio);
 void stb_tracker_count(struct stb_tracker *t, struct bio *bio);
 bool stb_tracker_settle(struct stb_tracker *t);
+long stb_tracker_inflight(struct stb_tracker *t);
 int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline);
 void stb_tracker_ungate(struct stb_tracker *t);
 void stb_tracker_release(struct stb_tracker *t, struct bio *bio);

@@ -180,7 +180,122 @@ export const REASON_WORDS: Readonly<Record<string, Words>> = {
     message: 'too many writes waited for the snapshot: it is lost, its disks are not touched',
     advice: 'begin again with --store on a faster disk, or when less is written',
   },
+  SHUTDOWN: {
+    message: 'the machine is going down',
+    advice: 'begin again when it is up',
+  },
+  PLACE_BUSY: {
+    message: 'histories are kept in another place than {what} already',
+    advice: 'restart the machine to change <history>',
+  },
+  PLACE_UNSUITABLE: {
+    message: 'histories cannot be kept in {what}',
+    advice: 'name a file on ext4 or XFS, or a device that nothing else uses, in <history>',
+  },
 };
+
+/** Words for why a change history began, so that a full copy is needed, or will not be kept. */
+export const HISTORY_WORDS: Readonly<Record<string, Words>> = {
+  OK: { message: 'it will be kept', advice: 'nothing need be done' },
+  FIRST: {
+    message: 'the device was not tracked before',
+    advice: 'nothing need be done: its first backup is a full one',
+  },
+  NO_PLACE: {
+    message: 'there was no place where histories are kept over a reboot',
+    advice: 'start stillblock.service, and install its initramfs hook',
+  },
+  PLACE_EMPTY: {
+    message: 'the place of the histories held none',
+    advice: 'run update-initramfs -u, so that the next boot knows where they are',
+  },
+  PLACE_DAMAGED: {
+    message: 'the place of the histories was damaged',
+    advice: 'look for errors of its disk; it has been made anew',
+  },
+  PLACE_VERSION: {
+    message: 'the place of the histories had the format of another version',
+    advice: 'nothing need be done: it has been made anew',
+  },
+  PLACE_ERROR: {
+    message: 'the place of the histories could not be read or written',
+    advice: 'look at dmesg for the error of its disk, or choose another in <history>',
+  },
+  PLACE_FULL: {
+    message: 'the place of the histories has no room for it',
+    advice: 'give <history> a larger size, 16M for each TiB that is tracked and some more',
+  },
+  PLACE_ABOVE: {
+    message: 'the place of the histories lies above a tracked device, not on it',
+    advice: 'name a file on a disk or a logical volume in <history>',
+  },
+  PLACE_LOOSE: {
+    message: 'the file of the histories is not held fast',
+    advice: 'start stillblock.service',
+  },
+  NOT_SAVED: {
+    message: 'the machine was not shut down cleanly',
+    advice: 'nothing need be done: the next backup is a full one',
+  },
+  DAMAGED: {
+    message: 'the history that was kept is damaged',
+    advice: 'look for errors of the disk that it is kept on',
+  },
+  RESIZED: {
+    message: 'the device had another size before',
+    advice: 'nothing need be done: the next backup is a full one',
+  },
+  BLOCK_SIZE: {
+    message: 'it was tracked in blocks of another size before',
+    advice: 'nothing need be done: the next backup is a full one',
+  },
+  WRITTEN: {
+    message: 'its disk was written to before it was tracked',
+    advice: 'attach it in the initramfs: run update-initramfs -u',
+  },
+  CHANGED: {
+    message: 'it was changed while it was not tracked',
+    advice: 'nothing need be done: the next backup is a full one',
+  },
+  NO_IDENTITY: {
+    message: 'nothing tells the device from others',
+    advice: 'give the virtual disk a serial number',
+  },
+  SAME_IDENTITY: {
+    message: 'another tracked device has the same identity',
+    advice: 'track the multipath device, or give the virtual disk another serial number',
+  },
+  NO_WITNESS: {
+    message: 'it has no ext4, XFS, btrfs or FAT32, which would show what wrote to it unseen',
+    advice: 'nothing can be done: after each reboot its next backup is a full one',
+  },
+  CONTAINER: {
+    message: 'it contains LVM, LUKS or RAID, which hides what wrote to it unseen',
+    advice: 'track the logical volumes or mapped devices in its stead',
+  },
+  ORIGIN_ERROR: {
+    message: 'it could not be read',
+    advice: 'look at dmesg: that disk needs attention',
+  },
+  EXHAUSTED: {
+    message: 'all 255 numbers of its history were used',
+    advice: 'nothing need be done: the next backup is a full one',
+  },
+  NO_MEMORY: {
+    message: 'the kernel had not enough memory for it',
+    advice: 'free some memory',
+  },
+};
+
+/** @returns words for a history, by its name */
+export function historyWords(history: string): Words {
+  return (
+    HISTORY_WORDS[history] ?? {
+      message: 'a reason that this stillblock does not know',
+      advice: 'use the stillblock that belongs to the module',
+    }
+  );
+}
 
 const UNKNOWN_WORDS: Words = {
   message: '{what}: the kernel module refused it for a reason that this stillblock does not know',

@@ -21,6 +21,8 @@ export interface NativeConstants {
   readonly maxFreezeMs: number;
   /** Names of all reasons, by number, such as `STORE_FULL`. */
   readonly reasons: readonly string[];
+  /** Names of why a change history began, or will not be kept, by number, such as `NOT_SAVED`. */
+  readonly histories: readonly string[];
 }
 
 /** A failed call into the kernel. */
@@ -63,6 +65,12 @@ export interface Tracker {
   readonly resized: boolean;
   /** The device is gone: all that is left is to detach it. */
   readonly gone: boolean;
+  /** Its history was kept over a reboot, and taken up. */
+  readonly takenUp: boolean;
+  /** Why its history began, by name. */
+  readonly began: string;
+  /** Why its history will not be kept over a reboot, by name; `OK` if it will. */
+  readonly kept: string;
   /** UUID of the change history. */
   readonly generation: string;
   /** What changes are marked with now. */
@@ -128,6 +136,18 @@ export interface StoreFile {
 /** A piece of difference storage: a prepared file, or so many bytes of memory. */
 export type StorePiece = StoreFile | number;
 
+/** Where change histories are kept over a reboot. */
+export interface PlaceState {
+  readonly set: boolean;
+  /** Nobody can move, change or remove it. */
+  readonly held: boolean;
+  /** What is wrong with it, by name; `OK` for nothing. */
+  readonly history: string;
+  /** Room for maps, one byte per block of each device. */
+  readonly capacityBytes: number;
+  readonly usedBytes: number;
+}
+
 /** What one take needs. Stacked devices and file systems come top down. */
 export interface TakeRequest {
   /** Ids of trackers. */
@@ -160,6 +180,11 @@ interface NativeControl {
   attach(path: string, blockSizeBytes: number): Promise<bigint>;
   detach(id: bigint): Promise<void>;
   mark(id: bigint, offset: number, length: number): Promise<void>;
+  place(
+    what: 'query' | 'drop' | 'refuse' | 'set' | 'format',
+    file: StoreFile | null,
+  ): Promise<PlaceState>;
+  identity(path: string): string;
   take(request: TakeRequest): Promise<NativeSnapshot>;
   tryLock(): boolean;
   close(): void;
@@ -313,6 +338,37 @@ export class ControlDevice {
    */
   attach(path: string, blockSizeBytes: number): Promise<bigint> {
     return this.#native.attach(path, blockSizeBytes);
+  }
+
+  /** @returns where histories are kept, and how full it is */
+  place(): Promise<PlaceState> {
+    return this.#native.place('query', null);
+  }
+
+  /**
+   * Keeps histories over reboots in a file or on a device; if it is the place already, it is
+   * held fast from now on.
+   *
+   * @param format begin with an empty one: what lay there is lost
+   * @throws NativeError whose `refusal` is what is wrong with what lies there
+   */
+  setPlace(file: StoreFile, format: boolean): Promise<PlaceState> {
+    return this.#native.place(format ? 'format' : 'set', file);
+  }
+
+  /** Keeps histories no longer. */
+  dropPlace(): Promise<PlaceState> {
+    return this.#native.place('drop', null);
+  }
+
+  /** Keeps histories no longer: the place lies above a tracked device. */
+  refusePlace(): Promise<PlaceState> {
+    return this.#native.place('refuse', null);
+  }
+
+  /** @returns what tells a device from all others in every boot; empty for none */
+  identity(path: string): string {
+    return this.#native.identity(path);
   }
 
   /** Ends the tracking of a device, and with it its change history. */

@@ -24,6 +24,11 @@ Napi::Object Constants(Napi::Env env) {
     reasons.Set(reason, Napi::String::New(env, name));
   }
   constants.Set("reasons", reasons);
+  Napi::Array histories = Napi::Array::New(env);
+  for (uint32_t history = 0; const char* name = HistoryName(history); history++) {
+    histories.Set(history, Napi::String::New(env, name));
+  }
+  constants.Set("histories", histories);
   return constants;
 }
 

@@ -4,12 +4,15 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "addon.h"
 #include "arguments.h"
+#include "device_identity.h"
 #include "operation.h"
 #include "snapshot.h"
 #include "store_pieces.h"
@@ -37,6 +40,11 @@ Outcome<Trackers> ReadTrackers(int device) {
   }
 }
 
+const char* HistoryText(uint32_t history) {
+  const char* name = HistoryName(history);
+  return name ? name : "UNKNOWN";
+}
+
 Napi::Value ToArray(Napi::Env env, Trackers& trackers) {
   Napi::Array array = Napi::Array::New(env, trackers.size());
   for (uint32_t i = 0; i < trackers.size(); i++) {
@@ -50,6 +58,9 @@ Napi::Value ToArray(Napi::Env env, Trackers& trackers) {
     object.Set("inSnapshot", (tracker.flags & STILLBLOCK_TRACKER_IN_SNAPSHOT) != 0);
     object.Set("resized", (tracker.flags & STILLBLOCK_TRACKER_RESIZED) != 0);
     object.Set("gone", (tracker.flags & STILLBLOCK_TRACKER_GONE) != 0);
+    object.Set("takenUp", (tracker.flags & STILLBLOCK_TRACKER_TAKEN_UP) != 0);
+    object.Set("began", HistoryText(tracker.began));
+    object.Set("kept", HistoryText(tracker.kept));
     object.Set("generation", UuidText(tracker.generation));
     object.Set("number", tracker.number);
     object.Set("writes", static_cast<double>(tracker.nr_writes));
@@ -72,10 +83,54 @@ Outcome<uint64_t> AttachDevice(int device, const std::string& path, uint32_t blo
   struct stillblock_attach attach = {};
   attach.bdev_fd = bdev.get();
   attach.block_size = block_size;
+  std::string identity = device_identity::Of(major(status.st_rdev), minor(status.st_rdev));
+  std::copy(identity.begin(), identity.end(), attach.identity);
   if (int error = Ioctl(device, STILLBLOCK_IOC_ATTACH, &attach)) {
     return Failure{.error = error, .call = "attach", .reason = attach.reason};
   }
   return attach.tracker;
+}
+
+using Place = struct stillblock_place;
+
+// @file is what to set; null with the other flags.
+Outcome<Place> RunPlace(int device, uint32_t flags, uint32_t why,
+                        const std::shared_ptr<const PreparedStore>& file) {
+  Place place = {};
+  place.flags = flags;
+  place.history = why;
+  place.bdev_fd = -1;
+  place.file_fd = -1;
+  UniqueFd bdev;
+  if (file) {
+    if (!device_identity::BootId(place.boot_id)) return Failure{.error = ENOENT, .call = "place"};
+    bdev = UniqueFd(open(device_identity::Node(file->major, file->minor).c_str(),
+                         O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (!bdev.valid()) return Failure::Last("open");
+    place.bdev_fd = bdev.get();
+    if (!file->is_device) {
+      place.file_fd = file->fd.get();
+      place.extents = reinterpret_cast<uintptr_t>(file->extents.data());
+      place.nr_extents = static_cast<uint32_t>(file->extents.size());
+    }
+  }
+  if (int error = Ioctl(device, STILLBLOCK_IOC_PLACE, &place)) {
+    return Failure{.error = error,
+                   .call = "place",
+                   .reason = place.reason,
+                   .refusal = place.history ? HistoryName(place.history) : nullptr};
+  }
+  return place;
+}
+
+Napi::Value ToPlace(Napi::Env env, Place& place) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("set", (place.flags & STILLBLOCK_PLACE_SET) != 0);
+  object.Set("held", (place.flags & STILLBLOCK_PLACE_HELD) != 0);
+  object.Set("history", HistoryText(place.history));
+  object.Set("capacityBytes", static_cast<double>(place.capacity));
+  object.Set("usedBytes", static_cast<double>(place.used));
+  return object;
 }
 
 // All of a take in plain C++. The mounts are duplicates, so that nobody can close them under it.
@@ -140,6 +195,8 @@ Napi::Function Control::Define(Napi::Env env) {
                       InstanceMethod<&Control::Attach>("attach"),
                       InstanceMethod<&Control::Detach>("detach"),
                       InstanceMethod<&Control::Mark>("mark"),
+                      InstanceMethod<&Control::Place>("place"),
+                      InstanceMethod<&Control::Identity>("identity"),
                       InstanceMethod<&Control::Take>("take"),
                       InstanceMethod<&Control::TryLock>("tryLock"),
                       InstanceMethod<&Control::Close>("close")});
@@ -236,6 +293,36 @@ Napi::Value Control::Mark(const Napi::CallbackInfo& info) {
         return Nothing();
       },
       Undefined);
+}
+
+Napi::Value Control::Place(const Napi::CallbackInfo& info) {
+  Arguments arguments(info.Env());
+  std::string what = arguments.Text(info[0], "what");
+  auto file = StoreFile::From(info[1]);
+  uint32_t flags = what == "query"                      ? STILLBLOCK_PLACE_QUERY
+                   : what == "drop" || what == "refuse" ? STILLBLOCK_PLACE_DROP
+                   : what == "format"                   ? STILLBLOCK_PLACE_FORMAT
+                                                        : 0;
+  uint32_t why = what == "refuse" ? STILLBLOCK_HISTORY_PLACE_ABOVE : STILLBLOCK_HISTORY_OK;
+  if ((what == "set" || what == "format") != (file != nullptr)) arguments.Refuse("file");
+  auto device = arguments.ok() ? Device(info.Env()) : nullptr;
+  if (!device) return {};
+  return Operation<struct stillblock_place>::Start(
+      info.Env(), "stillblock:place",
+      [device, flags, why, file] { return RunPlace(device->get(), flags, why, file); }, ToPlace);
+}
+
+Napi::Value Control::Identity(const Napi::CallbackInfo& info) {
+  Arguments arguments(info.Env());
+  std::string path = arguments.Text(info[0], "path");
+  if (!arguments.ok()) return {};
+  struct stat status;
+  if (stat(path.c_str(), &status) != 0) {
+    Failure::Last("stat").ToError(info.Env()).ThrowAsJavaScriptException();
+    return {};
+  }
+  return Napi::String::New(
+      info.Env(), device_identity::Of(major(status.st_rdev), minor(status.st_rdev)));
 }
 
 Napi::Value Control::Take(const Napi::CallbackInfo& info) {

@@ -9,7 +9,7 @@
 
 #include "unique_fd.h"
 
-// JavaScript: { info(), list(), attach(), detach(), take(), tryLock(), close() }. An operation that runs
+// JavaScript: { info(), list(), attach(), detach(), mark(), place(), take(), tryLock(), close() }. An operation that runs
 // keeps the descriptor; close() only lets go of it.
 class Control final : public Napi::ObjectWrap<Control> {
  public:
@@ -31,6 +31,11 @@ class Control final : public Napi::ObjectWrap<Control> {
   Napi::Value Detach(const Napi::CallbackInfo& info);
   // mark(id, offset, length): Promise<void>; bytes
   Napi::Value Mark(const Napi::CallbackInfo& info);
+  // place('query' | 'drop' | 'set' | 'format', StoreFile | null): Promise<{ set, held, history,
+  // capacityBytes, usedBytes }>; the error's refusal says what is wrong with what lies there
+  Napi::Value Place(const Napi::CallbackInfo& info);
+  // identity(path): string, as attach() gives it to the module; empty for none
+  Napi::Value Identity(const Napi::CallbackInfo& info);
   // take({ trackers: bigint[], mounts: number[], stores: (StoreFile | number)[],
   // freezeTimeoutMs, lowWatermarkBytes }): Promise<Snapshot>; a number is a limit of memory
   Napi::Value Take(const Napi::CallbackInfo& info);

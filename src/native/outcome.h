@@ -39,6 +39,9 @@ using Nothing = std::monostate;
 // The enumerator's name without its prefix, or null for a number that the header does not know.
 const char* ReasonName(uint32_t reason);
 
+// The same for why a change history began, or will not be kept.
+const char* HistoryName(uint32_t history);
+
 // ioctl() that is begun again when a signal interrupts it; returns 0 or an errno.
 int Ioctl(int fd, unsigned long request, void* argument);
 

@@ -6,11 +6,18 @@
  *
  * One command per line on stdin, one answer per line on stdout:
  *
- *   attach PATH [BLOCK_SIZE]         "ok ID"
+ *   attach PATH [BLOCK_SIZE [IDENTITY]]   "ok ID"
  *   detach ID                        "ok"
+ *   keep ID                          "ok": detach, with its history kept
  *   detach all                       "ok COUNT"
  *   mark ID OFFSET LENGTH            "ok"
- *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION..."
+ *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION:
+ *                                    BEGAN:KEPT..."
+ *   place device:PATH [format]       "ok SET HELD HISTORY CAPACITY USED"
+ *   place file:PATH:DEVICE [format]  the same; the file is held fast
+ *   place at:DEVICE:OFFSET+LENGTH[,...]   the same, by what "extents" said
+ *   place query, place drop          the same
+ *   extents PATH                     "ok OFFSET+LENGTH[,...]"
  *   take NAME [trackers=ID,...] [mounts=PATH,...] [stores=KIND:VALUE,...]
  *        [freeze=MS] [low=BYTES]     "ok IMAGE..."; stores are memory:BYTES,
  *                                    file:PATH and device:PATH
@@ -114,11 +121,13 @@ static void answer(int error, uint32_t reason, uint32_t culprit)
 		printf("ok");
 }
 
-static void attach(const char *path, unsigned int block_size)
+static void attach(const char *path, unsigned int block_size,
+		   const char *identity)
 {
 	struct stillblock_attach args = { .block_size = block_size };
 	int error;
 
+	memcpy(args.identity, identity, strlen(identity));
 	args.bdev_fd = open(path, O_RDONLY | O_CLOEXEC);
 	error = request(control, STILLBLOCK_IOC_ATTACH, &args);
 	answer(error, args.reason, 0);
@@ -151,6 +160,7 @@ static void print_list(void)
 		       t[i].major, t[i].minor, t[i].number, t[i].flags);
 		for (j = 0; j < STILLBLOCK_UUID_SIZE; j++)
 			printf("%02x", t[i].generation[j]);
+		printf(":%u:%u", t[i].began, t[i].kept);
 	}
 }
 
@@ -175,6 +185,17 @@ static void detach(const char *what)
 	answer(error, args.reason, 0);
 	if (!error)
 		printf(" %u", nr);
+}
+
+static void detach_and_keep(uint64_t tracker)
+{
+	struct stillblock_detach args = {
+		.tracker = tracker,
+		.flags = STILLBLOCK_DETACH_KEEP,
+	};
+	int error = request(control, STILLBLOCK_IOC_DETACH, &args);
+
+	answer(error, args.reason, 0);
 }
 
 static void mark(uint64_t tracker, uint64_t offset, uint64_t length)
@@ -240,6 +261,94 @@ static void close_store(struct store *store)
 {
 	if (store->spec.file_fd >= 0)
 		close(store->spec.file_fd);
+}
+
+/* Extents of a file, written as read_written_extents() reads them. */
+static void print_extents(const char *path)
+{
+	static struct store store;
+	int error = EBADF;
+	uint32_t i;
+
+	store.spec.file_fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (store.spec.file_fd >= 0) {
+		error = read_extents(&store);
+		close(store.spec.file_fd);
+	}
+	answer(error, 0, 0);
+	for (i = 0; !error && i < store.spec.nr_extents; i++)
+		printf("%c%llu+%llu", i ? ',' : ' ',
+		       (unsigned long long)store.extents[i].offset,
+		       (unsigned long long)store.extents[i].length);
+}
+
+static void read_written_extents(struct store *store, const char *text)
+{
+	unsigned long long offset, length;
+	int used;
+
+	while (store->spec.nr_extents < MAX_EXTENTS &&
+	       sscanf(text, "%llu+%llu%n", &offset, &length, &used) == 2) {
+		struct stillblock_extent *e =
+			&store->extents[store->spec.nr_extents++];
+
+		e->offset = offset;
+		e->length = length;
+		text += used + (text[used] == ',');
+	}
+}
+
+/* KIND:PATH[:DEVICE] */
+static void place(char *text, bool format)
+{
+	static struct store store;
+	struct stillblock_place args = { .bdev_fd = -1, .file_fd = -1 };
+	char *path = strchr(text, ':');
+	char *device = path ? strchr(path + 1, ':') : NULL;
+	int file = -1, error = 0;
+
+	if (format)
+		args.flags = STILLBLOCK_PLACE_FORMAT;
+	file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+	if (file < 0 || read(file, args.boot_id, sizeof(args.boot_id)) < 0)
+		exit(2);
+	close(file);
+	memset(&store, 0, sizeof(store));
+	store.spec.file_fd = -1;
+	if (!strcmp(text, "query")) {
+		args.flags = STILLBLOCK_PLACE_QUERY;
+	} else if (!strcmp(text, "drop")) {
+		args.flags = STILLBLOCK_PLACE_DROP;
+	} else if (device && !strncmp(text, "at:", 3)) {
+		*device++ = '\0';
+		args.bdev_fd = open(path + 1, O_RDONLY | O_CLOEXEC);
+		read_written_extents(&store, device);
+		args.extents = (uintptr_t)store.extents;
+		args.nr_extents = store.spec.nr_extents;
+	} else if (device) {
+		*device++ = '\0';
+		args.bdev_fd = open(device, O_RDONLY | O_CLOEXEC);
+		store.spec.file_fd = open(path + 1, O_RDWR | O_CLOEXEC);
+		error = read_extents(&store);
+		args.extents = (uintptr_t)store.extents;
+		args.nr_extents = store.spec.nr_extents;
+		args.file_fd = store.spec.file_fd;
+	} else if (path) {
+		args.bdev_fd = open(path + 1, O_RDONLY | O_CLOEXEC);
+	}
+	if (!error)
+		error = request(control, STILLBLOCK_IOC_PLACE, &args);
+	answer(error, args.reason, args.history);
+	if (!error)
+		printf(" %d %d %u %llu %llu",
+		       !!(args.flags & STILLBLOCK_PLACE_SET),
+		       !!(args.flags & STILLBLOCK_PLACE_HELD), args.history,
+		       (unsigned long long)args.capacity,
+		       (unsigned long long)args.used);
+	if (args.bdev_fd >= 0)
+		close(args.bdev_fd);
+	if (store.spec.file_fd >= 0)
+		close(store.spec.file_fd);
 }
 
 static struct snapshot *find(const char *name)
@@ -471,7 +580,7 @@ static void serve_snapshot(const char *verb, char *line)
 static void serve(char *line)
 {
 	unsigned long long id = 0, offset = 0, length = 0;
-	char verb[16] = "", path[256] = "";
+	char verb[16] = "", path[256] = "", word[192] = "";
 	unsigned int number = 0;
 	int rest = 0;
 
@@ -479,8 +588,14 @@ static void serve(char *line)
 	if (sscanf(line, "nth %u %n", &nth, &rest) == 1)
 		line += rest;
 	sscanf(line, "%15s", verb);
-	if (sscanf(line, "attach %255s %u", path, &number) >= 1)
-		attach(path, number);
+	if (sscanf(line, "attach %255s %u %191s", path, &number, word) >= 1)
+		attach(path, number, word);
+	else if (sscanf(line, "keep %llu", &id) == 1)
+		detach_and_keep(id);
+	else if (sscanf(line, "extents %255s", path) == 1)
+		print_extents(path);
+	else if (sscanf(line, "place %255s %15s", path, word) >= 1)
+		place(path, !strcmp(word, "format"));
 	else if (sscanf(line, "detach %255s", path) == 1)
 		detach(path);
 	else if (sscanf(line, "mark %llu %llu %llu", &id, &offset, &length) == 3)

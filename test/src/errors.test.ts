@@ -6,6 +6,8 @@ import {
   exitCodeOf,
   explain,
   explainControl,
+  HISTORY_WORDS,
+  historyWords,
   REASON_WORDS,
   REFUSAL_WORDS,
   reasonWords,
@@ -29,10 +31,16 @@ test("each of the module's reasons has words, and no words are left over", (t) =
   t.deepEqual(Object.keys(REASON_WORDS).sort(), [...nativeConstants().reasons].sort());
 });
 
+test('so has each beginning of a history', (t) => {
+  t.deepEqual(Object.keys(HISTORY_WORDS).sort(), [...nativeConstants().histories].sort());
+  t.not(historyWords('NEWER').message, '');
+});
+
 test('words are one line, name the thing, and give advice', (t) => {
   const all = [
     ...Object.keys(REASON_WORDS).map((reason) => reasonWords(reason, '/dev/x')),
     ...Object.keys(REFUSAL_WORDS).map((refusal) => refusalWords(refusal, '/dev/x')),
+    ...Object.keys(HISTORY_WORDS).map(historyWords),
   ];
   for (const { message, advice } of all) {
     t.regex(message, /^[^\n{}]+$/);

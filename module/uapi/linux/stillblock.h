@@ -19,12 +19,13 @@
 #include <linux/types.h>
 
 /* Raised by every change that an older user space would misread. */
-#define STILLBLOCK_ABI			2
+#define STILLBLOCK_ABI			3
 
 #define STILLBLOCK_DEVICE		"/dev/stillblock"
 
 #define STILLBLOCK_UUID_SIZE		16
 #define STILLBLOCK_NAME_SIZE		32
+#define STILLBLOCK_IDENTITY_SIZE	192
 
 /* Most trackers, frozen mounts and store pieces that one request may name. */
 #define STILLBLOCK_MAX_TRACKERS		64
@@ -76,6 +77,40 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_STORE_BUSY		= 29,	/* device or file is in use */
 	STILLBLOCK_REASON_FOREIGN_WRITE		= 30,	/* into the store, on an origin */
 	STILLBLOCK_REASON_OVERLOADED		= 31,	/* too many writes had to wait */
+	STILLBLOCK_REASON_SHUTDOWN		= 32,	/* the machine goes down */
+	STILLBLOCK_REASON_PLACE_BUSY		= 33,	/* another place is in use */
+	STILLBLOCK_REASON_PLACE_UNSUITABLE	= 34,	/* device, file or its extents */
+};
+
+/*
+ * About the history of a tracker: why its generation began, so that everything
+ * older needs a full copy, or why it will not be kept over the next reboot.
+ * Values are stable; new ones are added at the end, and they are kept on disk.
+ */
+enum stillblock_history {
+	STILLBLOCK_HISTORY_OK			= 0,	/* will be kept */
+	STILLBLOCK_HISTORY_FIRST		= 1,	/* never tracked before */
+	STILLBLOCK_HISTORY_NO_PLACE		= 2,	/* no place to keep it was set */
+	STILLBLOCK_HISTORY_PLACE_EMPTY		= 3,	/* nothing of ours is there */
+	STILLBLOCK_HISTORY_PLACE_DAMAGED	= 4,	/* its header is wrong */
+	STILLBLOCK_HISTORY_PLACE_VERSION	= 5,	/* format of another version */
+	STILLBLOCK_HISTORY_PLACE_ERROR		= 6,	/* its device fails or hangs */
+	STILLBLOCK_HISTORY_PLACE_FULL		= 7,
+	STILLBLOCK_HISTORY_PLACE_LOOSE		= 8,	/* its file is not pinned yet */
+	STILLBLOCK_HISTORY_NOT_SAVED		= 9,	/* no clean shutdown */
+	STILLBLOCK_HISTORY_DAMAGED		= 10,	/* record or map is wrong */
+	STILLBLOCK_HISTORY_RESIZED		= 11,
+	STILLBLOCK_HISTORY_BLOCK_SIZE		= 12,	/* another one was asked for */
+	STILLBLOCK_HISTORY_WRITTEN		= 13,	/* before tracking began */
+	STILLBLOCK_HISTORY_CHANGED		= 14,	/* the fingerprint differs */
+	STILLBLOCK_HISTORY_NO_IDENTITY		= 15,	/* the device has no identity */
+	STILLBLOCK_HISTORY_SAME_IDENTITY	= 16,	/* as another tracked device */
+	STILLBLOCK_HISTORY_NO_WITNESS		= 17,	/* nothing in it tells of writes */
+	STILLBLOCK_HISTORY_CONTAINER		= 18,	/* LVM, LUKS, RAID within it */
+	STILLBLOCK_HISTORY_ORIGIN_ERROR		= 19,	/* the device cannot be read */
+	STILLBLOCK_HISTORY_EXHAUSTED		= 20,	/* all numbers were used */
+	STILLBLOCK_HISTORY_NO_MEMORY		= 21,
+	STILLBLOCK_HISTORY_PLACE_ABOVE		= 22,	/* a tracked device, not on it */
 };
 
 /**
@@ -98,6 +133,11 @@ struct stillblock_info {
  * @flags: zero
  * @reason: out: enum stillblock_reason
  * @tracker: out: the tracker's id, never used again while the module is loaded
+ * @identity: what tells this device from all others in each boot: any bytes, by
+ *	which its kept history is found. All zero: it has none
+ *
+ * If a place is set (struct stillblock_place) that holds this device's history,
+ * and nothing can have written since it was kept, it is taken up.
  */
 struct stillblock_attach {
 	__s32 bdev_fd;
@@ -105,12 +145,19 @@ struct stillblock_attach {
 	__u32 flags;
 	__u32 reason;
 	__u64 tracker;
+	__u8 identity[STILLBLOCK_IDENTITY_SIZE];
 };
+
+/*
+ * Keep the history in the place: it is taken up by an attach before anything
+ * else has written to the disk.
+ */
+#define STILLBLOCK_DETACH_KEEP		0x1u
 
 /**
  * struct stillblock_detach - stop to track a device; its change history ends
  * @tracker: id
- * @flags: zero
+ * @flags: STILLBLOCK_DETACH_KEEP
  * @reason: out: enum stillblock_reason
  */
 struct stillblock_detach {
@@ -125,6 +172,8 @@ struct stillblock_detach {
 #define STILLBLOCK_TRACKER_RESIZED	0x2u
 /* The device is gone; all that is left is to detach it. */
 #define STILLBLOCK_TRACKER_GONE		0x4u
+/* Its history was taken up from the place at attach. */
+#define STILLBLOCK_TRACKER_TAKEN_UP	0x8u
 
 /**
  * struct stillblock_tracker - one tracked device
@@ -137,6 +186,8 @@ struct stillblock_detach {
  * @generation: UUID of the change history
  * @number: number that writes are marked with now; a block whose number is
  *	above that of a checkpoint of the same generation has changed since
+ * @began: enum stillblock_history: why @generation began
+ * @kept: enum stillblock_history: why it will not be kept over a reboot
  * @pad: zero
  * @nr_writes: writes seen since attach
  * @nr_held_writes: writes that had to wait for copy-on-write since attach
@@ -150,6 +201,8 @@ struct stillblock_tracker {
 	__u32 flags;
 	__u8 generation[STILLBLOCK_UUID_SIZE];
 	__u32 number;
+	__u32 began;
+	__u32 kept;
 	__u32 pad;
 	__u64 nr_writes;
 	__u64 nr_held_writes;
@@ -195,6 +248,52 @@ struct stillblock_mark {
 struct stillblock_extent {
 	__u64 offset;
 	__u64 length;
+};
+
+/* Write a new, empty place; what it held is lost. It has to be held fast. */
+#define STILLBLOCK_PLACE_FORMAT		0x1u
+/* Tell about the place that is set, and change nothing. */
+#define STILLBLOCK_PLACE_QUERY		0x2u
+/* Use it no longer: what it holds is worthless until it is set again. */
+#define STILLBLOCK_PLACE_DROP		0x4u
+/* Out: one is set. */
+#define STILLBLOCK_PLACE_SET		0x100u
+/* Out: it is held fast, by its file being pinned or its device being ours. */
+#define STILLBLOCK_PLACE_HELD		0x200u
+
+/**
+ * struct stillblock_place - where change histories are kept over a reboot
+ * @bdev_fd: an open descriptor of the device on which it lies
+ * @file_fd: the file that has the extents; the module pins it as long as the
+ *	place is set. -1: they are not held fast (yet), as in an initramfs
+ *	before their file system is mounted
+ * @extents: array of struct stillblock_extent, fully allocated
+ * @nr_extents: its length; 0 with @file_fd -1 takes the whole device, which
+ *	the module opens exclusively
+ * @flags: in: STILLBLOCK_PLACE_FORMAT, _QUERY or _DROP; out: _SET, _HELD
+ * @boot_id: tells this boot from all others: /proc/sys/kernel/random/boot_id
+ * @uuid: out: of the place
+ * @capacity: out: bytes for maps, one byte per block of each device
+ * @used: out: bytes of these that belong to a device
+ * @reason: out: enum stillblock_reason
+ * @history: out: enum stillblock_history: what is wrong with what lies there; in,
+ *	with _DROP: why no place is set then, 0 for NO_PLACE
+ *
+ * Setting the place that is set already holds it fast, if it was not. Nothing
+ * is ever written where the place's header is not found right, but by FORMAT.
+ */
+struct stillblock_place {
+	__s32 bdev_fd;
+	__s32 file_fd;
+	__u64 extents;
+	__u32 nr_extents;
+	__u32 flags;
+	__u8 boot_id[STILLBLOCK_UUID_SIZE];
+	__u8 uuid[STILLBLOCK_UUID_SIZE];
+	__u64 capacity;
+	__u64 used;
+	__u32 reason;
+	__u32 history;
 };
 
 enum stillblock_store_kind {
@@ -274,6 +373,7 @@ struct stillblock_take {
 #define STILLBLOCK_IOC_LIST	_IOWR(STILLBLOCK_IOC_MAGIC, 0x03, struct stillblock_list)
 #define STILLBLOCK_IOC_TAKE	_IOWR(STILLBLOCK_IOC_MAGIC, 0x04, struct stillblock_take)
 #define STILLBLOCK_IOC_MARK	_IOWR(STILLBLOCK_IOC_MAGIC, 0x05, struct stillblock_mark)
+#define STILLBLOCK_IOC_PLACE	_IOWR(STILLBLOCK_IOC_MAGIC, 0x06, struct stillblock_place)
 
 enum stillblock_snapshot_state {
 	STILLBLOCK_STATE_HELD	= 1,	/* images are right */

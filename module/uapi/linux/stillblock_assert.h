@@ -19,9 +19,10 @@
 	static_assert(sizeof(struct type) == (size), #type)
 
 STILLBLOCK_ASSERT_SIZE(stillblock_info, 40);
-STILLBLOCK_ASSERT_SIZE(stillblock_attach, 24);
+STILLBLOCK_ASSERT_SIZE(stillblock_attach, 216);
 STILLBLOCK_ASSERT_SIZE(stillblock_detach, 16);
-STILLBLOCK_ASSERT_SIZE(stillblock_tracker, 72);
+STILLBLOCK_ASSERT_SIZE(stillblock_tracker, 80);
+STILLBLOCK_ASSERT_SIZE(stillblock_place, 80);
 STILLBLOCK_ASSERT_SIZE(stillblock_list, 16);
 STILLBLOCK_ASSERT_SIZE(stillblock_mark, 32);
 STILLBLOCK_ASSERT_SIZE(stillblock_extent, 16);

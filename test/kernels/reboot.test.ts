@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+// What changed survives a reboot: two disks with file systems, and a place for their
+// histories, boot after boot. What the module says after each of them is compared with
+// the disks' content, and with why it says so.
+
+import {
+  closeSync,
+  copyFileSync,
+  ftruncateSync,
+  mkdtempSync,
+  openSync,
+  readSync,
+  rmSync,
+  writeSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import test from 'ava';
+import { bootGuest, type Guest } from '../vm/guest.ts';
+import { buildTool, Conversation, MiB, testKernel } from './world.ts';
+
+const kernel = testKernel();
+const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320 } as const;
+type DiskName = keyof typeof disks;
+const tracked = ['root', 'data'] as const;
+type TrackedName = (typeof tracked)[number];
+
+/** STILLBLOCK_HISTORY_*, and STILLBLOCK_TRACKER_TAKEN_UP. */
+const history = {
+  ok: 0,
+  first: 1,
+  noPlace: 2,
+  placeEmpty: 3,
+  placeDamaged: 4,
+  placeVersion: 5,
+  placeFull: 7,
+  placeLoose: 8,
+  notSaved: 9,
+  damaged: 10,
+  written: 13,
+  changed: 14,
+} as const;
+const takenUp = 8;
+
+interface Seen {
+  readonly id: string;
+  readonly number: number;
+  readonly takenUp: boolean;
+  readonly generation: string;
+  readonly began: number;
+  readonly kept: number;
+}
+
+let folder = '';
+let ioctls = '';
+const file = (name: DiskName): string => join(folder, name);
+
+test.before(async () => {
+  ioctls = await buildTool('ioctls');
+  folder = mkdtempSync(join(tmpdir(), 'stillblock-reboot-'));
+  for (const [name, size] of Object.entries(disks)) {
+    const descriptor = openSync(join(folder, name), 'wx', 0o600);
+    ftruncateSync(descriptor, size * MiB);
+    closeSync(descriptor);
+  }
+});
+
+test.after.always(async () => {
+  await machine?.guest.kill();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+/** A guest with our module, from its boot to its end. */
+class Machine {
+  readonly guest: Guest;
+  readonly module: Conversation;
+  readonly nodes: ReadonlyMap<string, string>;
+
+  constructor(guest: Guest, module: Conversation, nodes: ReadonlyMap<string, string>) {
+    this.guest = guest;
+    this.module = module;
+    this.nodes = nodes;
+  }
+
+  static async boot(withModule = true): Promise<Machine> {
+    const guest = await bootGuest({
+      kernel,
+      disks: Object.entries(disks).map(([name, size]) => ({
+        name,
+        sizeBytes: size * MiB,
+        file: join(folder, name),
+      })),
+      memoryMiB: 1024,
+    });
+    const nodes = new Map<string, string>();
+    for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
+    if (withModule) await guest.loadModule();
+    machine = new Machine(guest, new Conversation(guest, ioctls), nodes);
+    return machine;
+  }
+
+  node(name: DiskName): string {
+    return this.nodes.get(name) ?? '';
+  }
+
+  /** The place, and both disks, as an initramfs attaches them. */
+  async attach(place = `device:${this.node('place')}`): Promise<Record<TrackedName, Seen>> {
+    await this.module.ask(`place ${place}`);
+    for (const name of tracked) await this.module.require(`attach ${this.node(name)} 0 ${name}`);
+    return this.seen();
+  }
+
+  async seen(): Promise<Record<TrackedName, Seen>> {
+    const words = (await this.module.require('list')).map((word) => word.split(':'));
+    const of = (index: number): Seen => {
+      const [id = '', , , number, flags, generation = '', began, kept] = words[index] ?? [];
+      return {
+        id,
+        number: Number(number),
+        takenUp: (Number.parseInt(flags ?? '0', 16) & takenUp) !== 0,
+        generation,
+        began: Number(began),
+        kept: Number(kept),
+      };
+    };
+    return { root: of(0), data: of(1) };
+  }
+
+  async mount(): Promise<void> {
+    await this.guest.run(
+      `mkdir -p /srv/root /srv/data; mount ${this.node('root')} /srv/root && mount ${this.node('data')} /srv/data`,
+    );
+  }
+
+  async write(name: string, kib: number): Promise<void> {
+    await this.guest.run(
+      `for at in root data; do dd if=/dev/urandom of=/srv/$at/${name} bs=1k count=${kib} status=none; done; sync`,
+    );
+  }
+
+  async unmount(): Promise<void> {
+    await this.guest.run('umount /srv/root && umount /srv/data');
+  }
+
+  /** A snapshot; what changed above a number goes onto the copies, which must be whole then. */
+  async copy(above: Record<TrackedName, number>): Promise<Record<TrackedName, number>> {
+    const { root, data } = await this.seen();
+    const images = await this.module.require(
+      `take now trackers=${root.id},${data.id} mounts=/srv/root,/srv/data stores=memory:${32 * MiB}`,
+    );
+    const bytes: Record<TrackedName, number> = { root: 0, data: 0 };
+    for (const [index, name] of tracked.entries()) {
+      const image = `/dev/${images[index]}`;
+      const to = this.node(name === 'root' ? 'copy' : 'copied');
+      const ranges =
+        above[name] < 0
+          ? [`0:${disks[name] * MiB}`]
+          : await this.module.require(`map now ${index} ${above[name]}`);
+      const copies = ranges.map((range) => {
+        const [offset, length] = range.split(':').map(Number) as [number, number];
+        bytes[name] += length;
+        return `dd if=${image} of=${to} bs=64k iflag=direct oflag=direct conv=notrunc status=none skip=${offset / 65536} seek=${offset / 65536} count=${Math.ceil(length / 65536)}`;
+      });
+      await this.guest.run([...copies, `cmp ${image} ${to}`].join(' && '));
+    }
+    await this.module.require('close now');
+    return bytes;
+  }
+
+  async shutdown(allowed: readonly RegExp[] = []): Promise<void> {
+    await this.module.end();
+    await this.guest.shutdown(allowed);
+  }
+}
+
+let machine: Machine | undefined;
+/** The number and the generation of the last checkpoint. */
+const numbers: Record<TrackedName, number> = { root: -1, data: -1 };
+const generations: Record<TrackedName, string> = { root: '', data: '' };
+
+async function checkpoint(at: Machine): Promise<Record<TrackedName, number>> {
+  const before = await at.seen();
+  const bytes = await at.copy(numbers);
+  for (const name of tracked) {
+    numbers[name] = before[name].number;
+    generations[name] = before[name].generation;
+  }
+  return bytes;
+}
+
+/** What the disks begin again with: a full copy. */
+function forgetCheckpoint(): void {
+  for (const name of tracked) numbers[name] = -1;
+}
+
+/** Changes bytes of a disk's file, while no guest runs. */
+function tamper(
+  name: DiskName,
+  offset: number,
+  change: (bytes: Buffer) => void,
+  length = 4096,
+): void {
+  const descriptor = openSync(file(name), 'r+');
+  const bytes = Buffer.alloc(length);
+  readSync(descriptor, bytes, 0, length, offset);
+  change(bytes);
+  writeSync(descriptor, bytes, 0, length, offset);
+  closeSync(descriptor);
+}
+
+/** First byte of the place on its device, and of the first map in it. */
+const placeStart = 1 * MiB;
+const mapStart = placeStart + 65 * 4096;
+
+test.serial('a history survives a clean reboot, and its numbers are right', async (t) => {
+  t.timeout(10 * 60_000);
+  let at = await Machine.boot();
+  await at.guest.run(`mkfs.ext4 -q -F ${at.node('root')}; mkfs.xfs -q -f ${at.node('data')}`);
+  await at.module.require(`place device:${at.node('place')} format`);
+  let seen = await at.attach();
+  for (const name of tracked) t.like(seen[name], { began: history.first, kept: history.ok });
+  await at.mount();
+  await at.write('before', 256);
+  await checkpoint(at);
+  await at.write('after', 256);
+  await at.unmount();
+  await at.shutdown();
+
+  at = await Machine.boot();
+  seen = await at.attach();
+  for (const name of tracked) {
+    t.like(
+      seen[name],
+      { takenUp: true, generation: generations[name], began: history.first },
+      name,
+    );
+  }
+  await at.mount();
+  await at.write('booted', 256);
+  const bytes = await checkpoint(at);
+  t.log(bytes);
+  for (const name of tracked) {
+    t.true(bytes[name] >= 2 * 256 * 1024 && bytes[name] < 8 * MiB, `${name}: ${bytes[name]}`);
+  }
+  // This time the file systems stay mounted: the last writes are theirs.
+  await at.shutdown();
+});
+
+test.serial('a machine that is killed begins new histories', async (t) => {
+  t.timeout(10 * 60_000);
+  let at = await Machine.boot();
+  let seen = await at.attach();
+  for (const name of tracked) t.like(seen[name], { takenUp: true, generation: generations[name] });
+  await at.mount();
+  await at.write('killed', 64);
+  await at.guest.kill();
+
+  at = await Machine.boot();
+  seen = await at.attach();
+  for (const name of tracked) {
+    t.like(seen[name], { takenUp: false, began: history.notSaved, kept: history.ok });
+    t.not(seen[name].generation, generations[name]);
+  }
+  forgetCheckpoint();
+  await at.mount();
+  await checkpoint(at);
+  await at.unmount();
+  await at.shutdown();
+});
+
+test.serial('who writes to one disk without the module ends its history alone', async (t) => {
+  t.timeout(10 * 60_000);
+  let at = await Machine.boot(false);
+  await at.guest.run(
+    `mkdir -p /srv/data; mount ${at.node('data')} /srv/data; dd if=/dev/urandom of=/srv/data/before conv=notrunc bs=4k count=1 status=none; umount /srv/data`,
+  );
+  await at.shutdown();
+  at = await Machine.boot();
+  let seen = await at.attach();
+  t.like(seen.root, { takenUp: true, generation: generations.root });
+  t.like(seen.data, { takenUp: false, began: history.changed });
+  await at.shutdown();
+  // What was begun for a reason keeps the reason.
+  at = await Machine.boot();
+  seen = await at.attach();
+  t.like(seen.data, { takenUp: true, began: history.changed });
+  // Too late: somebody was faster than the attach.
+  await at.module.require(`keep ${seen.root.id}`);
+  await at.module.require(`attach ${at.node('root')} 0 root`);
+  seen = await at.seen();
+  const [data, root] = [seen.root, seen.data];
+  t.like(root, { takenUp: true, generation: generations.root });
+  t.truthy(data);
+  await at.module.require(`keep ${root.id}`);
+  await at.guest.run(
+    `dd if=/dev/zero of=${at.node('root')} bs=4k seek=8192 count=1 oflag=direct status=none`,
+  );
+  await at.module.require(`attach ${at.node('root')} 0 root`);
+  t.like((await at.seen()).data, { takenUp: false, began: history.written });
+  await at.shutdown();
+});
+
+test.serial('a foreign system that crashes is seen', async (t) => {
+  t.timeout(10 * 60_000);
+  // Nothing but the head of the log shows this: the superblock is as it was.
+  let at = await Machine.boot(false);
+  await at.guest.run(
+    `mkdir -p /srv/data; mount ${at.node('data')} /srv/data; dd if=/dev/urandom of=/srv/data/before conv=notrunc oflag=direct bs=64k count=1 status=none`,
+  );
+  await at.guest.kill();
+  at = await Machine.boot();
+  const seen = await at.attach();
+  t.true(seen.root.takenUp);
+  t.like(seen.data, { takenUp: false, began: history.changed });
+  await at.shutdown();
+});
+
+test.serial('a place that is not right begins new histories, at once', async (t) => {
+  t.timeout(20 * 60_000);
+  const good = `${file('place')}.good`;
+  copyFileSync(file('place'), good);
+  const cases: readonly {
+    what: string;
+    change: () => void;
+    expected: Record<TrackedName, number>;
+  }[] = [
+    {
+      what: 'a bit of a map',
+      change: () => tamper('place', mapStart, (b) => b.writeUInt8(b.readUInt8(100) ^ 1, 100)),
+      expected: { root: history.damaged, data: -1 },
+    },
+    {
+      what: 'a bit of a record',
+      change: () =>
+        tamper('place', placeStart + 4096, (b) => b.writeUInt8(b.readUInt8(300) ^ 1, 300)),
+      expected: { root: history.damaged, data: -1 },
+    },
+    {
+      what: 'a bit of the header',
+      change: () => tamper('place', placeStart, (b) => b.writeUInt8(b.readUInt8(20) ^ 1, 20)),
+      expected: { root: history.placeDamaged, data: history.placeDamaged },
+    },
+    {
+      what: 'another version',
+      change: () => tamper('place', placeStart, (b) => b.writeUInt32LE(2, 8)),
+      expected: { root: history.placeVersion, data: history.placeVersion },
+    },
+    {
+      what: 'nothing',
+      change: () => tamper('place', placeStart, (b) => b.fill(0)),
+      expected: { root: history.placeEmpty, data: history.placeEmpty },
+    },
+  ];
+  for (const { what, change, expected } of cases) {
+    copyFileSync(good, file('place'));
+    change();
+    const at = await Machine.boot();
+    const { stdout } = await at.guest.run('cut -d" " -f1 /proc/uptime');
+    const seen = await at.attach();
+    const after = await at.guest.run('cut -d" " -f1 /proc/uptime');
+    t.log(what, Number(after.stdout) - Number(stdout), 's');
+    for (const name of tracked) {
+      if (expected[name] < 0) t.true(seen[name].takenUp, `${what}: ${name}`);
+      else t.like(seen[name], { takenUp: false, began: expected[name] }, `${what}: ${name}`);
+    }
+    await at.guest.kill();
+  }
+});
+
+test.serial('the place may be a file of a tracked disk, which stays mounted', async (t) => {
+  t.timeout(15 * 60_000);
+  let at = await Machine.boot();
+  await at.mount();
+  await at.guest.run('fallocate -l 2M /srv/root/histories; sync');
+  const [extents = ''] = await at.module.require('extents /srv/root/histories');
+  const file = `file:/srv/root/histories:${at.node('root')}`;
+  await at.module.require(`place ${file} format`);
+  let seen = await at.attach('query');
+  for (const name of tracked) t.like(seen[name], { began: history.first, kept: history.ok });
+  forgetCheckpoint();
+  await checkpoint(at);
+  await at.write('inside', 256);
+  await at.shutdown();
+
+  for (const round of [1, 2]) {
+    at = await Machine.boot();
+    seen = await at.attach(`at:${at.node('root')}:${extents}`);
+    for (const name of tracked) {
+      t.like(
+        seen[name],
+        { takenUp: true, generation: generations[name], kept: history.placeLoose },
+        `${round}: ${name}`,
+      );
+    }
+    await at.mount();
+    await at.module.require(`place ${file}`);
+    seen = await at.seen();
+    for (const name of tracked) t.is(seen[name].kept, history.ok);
+    await at.write(`round${round}`, 64);
+    const bytes = await checkpoint(at);
+    t.log(round, bytes);
+    for (const name of tracked) t.true(bytes[name] < 8 * MiB, `${name}: ${bytes[name]}`);
+    await at.shutdown();
+  }
+
+  // Nobody holds the file fast: then nothing is kept, and that is said.
+  at = await Machine.boot();
+  await at.attach(`at:${at.node('root')}:${extents}`);
+  await at.shutdown();
+  at = await Machine.boot();
+  seen = await at.attach(`at:${at.node('root')}:${extents}`);
+  for (const name of tracked) t.like(seen[name], { takenUp: false, began: history.notSaved });
+  await at.guest.kill();
+});
