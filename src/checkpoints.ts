@@ -18,7 +18,7 @@
 import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { isDiskName } from './block-devices.ts';
-import { explain, StillblockError, usageError } from './errors.ts';
+import { explain, historyWords, StillblockError, usageError } from './errors.ts';
 import { XMLBuilder, XMLParser, XMLValidator } from './fast-xml.ts';
 import { checkpointFolder, type Folders, makeFolder } from './folders.ts';
 
@@ -48,6 +48,8 @@ export interface DiskHistory {
   readonly sizeBytes: number;
   readonly generation: string;
   readonly number: number;
+  /** Why the generation began, by name, if that is known. */
+  readonly began?: string;
 }
 
 /** Whether what changed on a disk since a checkpoint is known. */
@@ -96,7 +98,12 @@ export function judge(checkpoint: Checkpoint, disk: DiskHistory): Verdict {
     return { kind: 'full', why: 'the checkpoint does not contain this disk' };
   }
   if (known.generation !== disk.generation) {
-    return { kind: 'full', why: 'the tracking of changes began anew after the checkpoint' };
+    const why = 'the tracking of changes began anew after the checkpoint';
+    const { began = 'FIRST' } = disk;
+    return {
+      kind: 'full',
+      why: began === 'FIRST' ? why : `${why}: ${historyWords(began).message}`,
+    };
   }
   if (known.sizeBytes !== disk.sizeBytes) {
     return { kind: 'full', why: 'the disk had another size at the checkpoint' };

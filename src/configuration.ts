@@ -70,8 +70,18 @@ export interface ApiListen {
   readonly certificates: string;
 }
 
+/** Where change histories are kept over a reboot. */
+export interface HistorySettings {
+  readonly keep: boolean;
+  /** File or device; undefined for a file in the state folder. */
+  readonly place: string | undefined;
+  /** Of the file when it is made; undefined to choose. */
+  readonly sizeBytes: number | undefined;
+}
+
 export interface Configuration {
   readonly folders: Folders;
+  readonly history: HistorySettings;
   readonly logLevel: 'error' | 'warn' | 'info' | 'debug';
   readonly devices: readonly DeviceSetting[];
   readonly store: StoreSettings;
@@ -103,6 +113,8 @@ const MAX_FREEZE_SECONDS = 60;
 const MAX_CHECKPOINTS = 10_000;
 /** The module takes no smaller block. */
 const MIN_BLOCK_BYTES = 4096;
+/** A place for histories: the module's records take a quarter of it. */
+const MIN_PLACE_BYTES = 1024 * 1024;
 const MAX_PORT = 65_535;
 const HOOK_NAME = /^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$/;
 
@@ -249,6 +261,20 @@ class Reader {
       sizeBytes,
       maxBytes,
       memoryShare: (share ?? DEFAULT_MEMORY_SHARE_PERCENT) / 100,
+    };
+  }
+
+  history(element: XmlElement | undefined): HistorySettings {
+    const attributes = ['keep', 'place', 'size'] as const;
+    const history = element && check(this.#document, element, { attributes });
+    const sizeBytes = history?.read('size', readSize, A_SIZE);
+    if (sizeBytes !== undefined && sizeBytes < MIN_PLACE_BYTES) {
+      history?.fail(`size is less than ${formatSize(MIN_PLACE_BYTES)}`, 'size');
+    }
+    return {
+      keep: isYes(history?.word('keep', YES_NO) ?? 'yes'),
+      place: history?.read('place', readPath, A_PATH),
+      sizeBytes,
     };
   }
 
@@ -441,6 +467,7 @@ export function parseConfiguration(
       'folders',
       'log',
       'devices',
+      'history',
       'store',
       'nbd',
       'metrics',
@@ -456,6 +483,7 @@ export function parseConfiguration(
     folders: found,
     logLevel: reader.logLevel(settings.once('log')),
     devices: reader.devices(settings.once('devices')),
+    history: reader.history(settings.once('history')),
     store: reader.store(settings.once('store')),
     nbd: reader.nbd(settings.once('nbd')),
     metrics: reader.metrics(settings.once('metrics')),

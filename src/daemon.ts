@@ -30,6 +30,7 @@ import { type Disk, openControl } from './disks.ts';
 import { explain, reasonWords, StillblockError } from './errors.ts';
 import { EventBus } from './events.ts';
 import type { Folders } from './folders.ts';
+import { keepHistories, refuseMisplaced } from './history.ts';
 import { linkImages, type NamedImage } from './image-links.ts';
 import {
   type Measured,
@@ -60,12 +61,15 @@ export interface DaemonStatus {
   readonly backups: readonly BackupDescription[];
   /** Configured, and not there. */
   readonly missingDevices: readonly string[];
+  /** Tracked, and not to be after a reboot as they were before; why, by name. */
+  readonly lostAtReboot: readonly { readonly device: string; readonly reason: string }[];
 }
 
 /** The part of the configuration that a daemon lives by. */
 export type DaemonSettings = Pick<
   Configuration,
   | 'devices'
+  | 'history'
   | 'nbd'
   | 'store'
   | 'hooks'
@@ -121,6 +125,8 @@ export class Daemon implements BackupHost {
   readonly #since = new Date();
   #names: ReadonlyMap<DeviceNumber, string> = new Map();
   #missing: readonly string[] = [];
+  /** As of the last look, for metrics. */
+  #devices: readonly DeviceReport[] = [];
   #settings: DaemonSettings = defaultConfiguration();
   /** Those of the start. */
   #started: DaemonSettings | undefined;
@@ -224,6 +230,7 @@ export class Daemon implements BackupHost {
   async #tick(): Promise<void> {
     const now = performance.now();
     await this.#writes.sample(now);
+    this.#devices = await this.devices();
     for (const session of this.#sessions.values()) {
       await session.sample(now);
     }
@@ -255,7 +262,17 @@ export class Daemon implements BackupHost {
     await this.#listen(settings);
     await this.#serveMetrics(settings);
     await this.adopt(settings);
+    await this.#keepHistories();
     await this.#track(settings.devices);
+  }
+
+  /** Devices are tracked whether or not their histories can be kept; status and doctor say so. */
+  async #keepHistories(): Promise<void> {
+    try {
+      await keepHistories(this.control, this.#settings, this.#log);
+    } catch (err) {
+      this.#log.warn({ err }, 'change histories are not kept over a reboot');
+    }
   }
 
   /** A server that other settings made goes when the backups that it serves have ended. */
@@ -312,7 +329,11 @@ export class Daemon implements BackupHost {
 
   #measure(): Measured {
     const all = [...this.#servers].map((server) => server.figures());
-    return { nbd: sumFigures([this.#past, ...all]), backups: this.backups() };
+    return {
+      nbd: sumFigures([this.#past, ...all]),
+      backups: this.backups(),
+      devices: this.#devices,
+    };
   }
 
   /** Tracks what is configured and there; tells of what is not. */
@@ -339,19 +360,29 @@ export class Daemon implements BackupHost {
     this.#missing = missing;
     // Those that have come back have their names again.
     await this.adopt(this.#settings);
+    await this.#checkPlace(await listDisks(this.control, this.#names));
+  }
+
+  async #checkPlace(disks: readonly Disk[]): Promise<void> {
+    await refuseMisplaced(this.control, this.#settings, disks, this.#log).catch((err: unknown) => {
+      this.#log.warn({ err }, 'it is not known what the place of the histories lies on');
+    });
   }
 
   async status(): Promise<DaemonStatus> {
     const module = this.control.info();
-    const trackers = await this.control.list();
+    const disks = await listDisks(this.control, this.#names);
     const backups = this.backups();
     return {
       module,
-      trackedDevices: trackers.length,
+      trackedDevices: disks.length,
       daemon: this.#solo ? null : { pid, since: this.#since.toISOString() },
       backup: backups[0] ?? null,
       backups,
       missingDevices: this.#missing,
+      lostAtReboot: disks
+        .filter(({ tracker }) => tracker.kept !== 'OK')
+        .map(({ path, tracker }) => ({ device: path, reason: tracker.kept })),
     };
   }
 
@@ -367,6 +398,7 @@ export class Daemon implements BackupHost {
 
   async attach(paths: readonly string[], blockSizeBytes: number): Promise<readonly DeviceReport[]> {
     const ids = await attachAll(this.control, paths, blockSizeBytes);
+    await this.#checkPlace(await listDisks(this.control, this.#names));
     const disks = await listDisks(this.control, this.#names);
     const attached = disks.filter(({ tracker }) => ids.includes(tracker.id));
     for (const { path, name } of attached) {

@@ -23,6 +23,12 @@ export interface DeviceReport {
   /** UUID of the change history. */
   readonly generation: string;
   readonly number: number;
+  /** Its history was kept over a reboot, and taken up. */
+  readonly takenUp: boolean;
+  /** Why its history began, by name: a checkpoint from before needs a full copy. */
+  readonly began: string;
+  /** Why its history will not be kept over the next reboot, by name; `OK` if it will. */
+  readonly kept: string;
   readonly writes: number;
   readonly heldWrites: number;
   readonly inSnapshot: boolean;
@@ -32,7 +38,7 @@ export interface DeviceReport {
 
 /** @returns what is told of a tracked device */
 export function toDeviceReport({ name, path, tracker }: Disk): DeviceReport {
-  const { id, sizeBytes, blockSizeBytes, generation, number } = tracker;
+  const { id, sizeBytes, blockSizeBytes, generation, number, takenUp, began, kept } = tracker;
   const { writes, heldWrites, inSnapshot, resized, gone } = tracker;
   return {
     name,
@@ -42,6 +48,9 @@ export function toDeviceReport({ name, path, tracker }: Disk): DeviceReport {
     blockSizeBytes,
     generation,
     number,
+    takenUp,
+    began,
+    kept,
     writes,
     heldWrites,
     inSnapshot,

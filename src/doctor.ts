@@ -4,10 +4,13 @@
 import { stat } from 'node:fs/promises';
 import { BlockDevices, splitDeviceNumber } from './block-devices.ts';
 import type { Configuration } from './configuration.ts';
+import { type DeviceReport, listDisks, toDeviceReport } from './devices.ts';
+import { examineHistories } from './doctor/history.ts';
 import { examineKernel } from './doctor/kernel.ts';
 import { type Finding, fail, Machine, ok } from './doctor/machine.ts';
 import { examineService } from './doctor/service.ts';
 import { StillblockError } from './errors.ts';
+import { ControlDevice } from './native.ts';
 import { formatSize } from './sizes.ts';
 import { chooseStore, type StoreChoice } from './store-policy.ts';
 
@@ -21,6 +24,26 @@ export interface ExamineOptions {
   readonly nowMs?: number;
   /** Chooses the store that a snapshot of all devices would have. */
   readonly choose?: () => Promise<StoreChoice>;
+  /** All tracked devices. */
+  readonly tracked?: () => Promise<readonly DeviceReport[]>;
+}
+
+/** None where the module cannot be asked, which is a finding of its own. */
+async function trackedHere({ devices }: Configuration): Promise<readonly DeviceReport[]> {
+  if (devices.length === 0) {
+    return [];
+  }
+  let control: ControlDevice;
+  try {
+    control = ControlDevice.open();
+  } catch {
+    return [];
+  }
+  try {
+    return (await listDisks(control, new Map())).map(toDeviceReport);
+  } finally {
+    control.close();
+  }
 }
 
 /** The store that a snapshot of the configured devices would have now. */
@@ -57,10 +80,12 @@ export async function examine(
 ): Promise<Finding[]> {
   const { root = '/', nowMs = Date.now() } = options;
   const choose = options.choose ?? (() => chooseHere(configuration));
+  const tracked = options.tracked ?? (() => trackedHere(configuration));
   const machine = new Machine(root, nowMs);
   return [
     ...(await examineKernel(machine)),
     ...(configuration.devices.length === 0 ? [] : [await examineStore(choose)]),
+    ...(await examineHistories(machine, await tracked())),
     ...(await examineService(machine, configuration)),
   ];
 }

@@ -11,6 +11,7 @@ import { umask } from 'node:process';
 import { addFigures, type ExportFigures, emptyFigures } from '../nbd/figures.ts';
 import type { ListenAddress } from '../nbd/server.ts';
 import type { BackupDescription } from './backup-report.ts';
+import type { DeviceReport } from './devices.ts';
 import { StillblockError, usageError } from './errors.ts';
 import { DEFAULT_HOST, explainListen } from './listen.ts';
 import type { Metrics } from './prometheus.ts';
@@ -23,6 +24,8 @@ export interface Measured {
   readonly nbd: NbdFigures;
   /** Those that run. */
   readonly backups?: readonly BackupDescription[];
+  /** Those that are tracked. */
+  readonly devices?: readonly DeviceReport[];
 }
 
 /** The figures of an NBD server. */

@@ -37,6 +37,7 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
     backup: { oneOf: [named('Backup'), { type: 'null' }] },
     backups: listOf(named('Backup')),
     missingDevices: listOf(text),
+    lostAtReboot: listOf(record({ device: text, reason: text })),
   }),
   Layout: {
     ...record({ machine: { type: ['string', 'null'] }, hostname: text, problems: listOf(text) }),
@@ -50,6 +51,9 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
     blockSizeBytes: bytes,
     generation: uuid,
     number: count,
+    takenUp: { ...flag, description: 'its history was kept over a reboot' },
+    began: { ...text, description: 'why its history began, such as NOT_SAVED' },
+    kept: { ...text, description: 'OK, or why its history will not be kept over a reboot' },
     writes: count,
     heldWrites: count,
     inSnapshot: flag,

@@ -120,6 +120,25 @@ const DEFINITIONS: readonly MetricDefinition[] = [
   },
   {
     type: 'gauge',
+    name: 'stillblock_history_began',
+    help: 'One for why the change history of a disk began: older checkpoints need a full copy',
+    labelNames: ['disk', 'reason'],
+    samples: ({ devices = [] }) =>
+      devices.map(({ name, began }) => ({ labels: { disk: name, reason: began }, value: 1 })),
+  },
+  {
+    type: 'gauge',
+    name: 'stillblock_history_kept',
+    help: 'One if the change history of a disk will survive a clean reboot; if not, why',
+    labelNames: ['disk', 'reason'],
+    samples: ({ devices = [] }) =>
+      devices.map(({ name, kept }) => ({
+        labels: { disk: name, reason: kept },
+        value: kept === 'OK' ? 1 : 0,
+      })),
+  },
+  {
+    type: 'gauge',
     name: 'stillblock_snapshot_state',
     help: 'One for the state that the backup is in, zero for the others',
     labelNames: ['backup', 'state'],

@@ -29,6 +29,7 @@ import {
   type Checkpoint,
   type CheckpointList,
   type CheckpointStore,
+  type DiskHistory,
   judge,
   type StagedCheckpoint,
 } from './checkpoints.ts';
@@ -143,6 +144,13 @@ interface TakenDisk {
 interface Taken {
   readonly snapshot: Snapshot;
   readonly disks: readonly TakenDisk[];
+}
+
+/** A disk's history as an image has it. */
+function historyOf({ name, tracker }: Disk, image: ImageInfo): DiskHistory {
+  const { sizeBytes, generation, number } = image;
+  const same = tracker.generation === generation;
+  return { name, sizeBytes, generation, number, ...(same ? { began: tracker.began } : {}) };
 }
 
 function fullRequired(disk: string, checkpoint: string, why: string): StillblockError {
@@ -301,7 +309,7 @@ export class BackupSession {
     const { disk, image } = found;
     const checkpoint = this.#earlier.findLast(({ name, ...rest }) =>
       since === undefined
-        ? judge({ name, ...rest }, { ...image, name: disk.name }).kind === 'incremental'
+        ? judge({ name, ...rest }, historyOf(disk, image)).kind === 'incremental'
         : name === since,
     );
     if (checkpoint === undefined) {
@@ -313,7 +321,7 @@ export class BackupSession {
             'see stillblock checkpoint list',
           );
     }
-    const verdict = judge(checkpoint, { ...image, name: disk.name });
+    const verdict = judge(checkpoint, historyOf(disk, image));
     if (verdict.kind === 'full') {
       throw fullRequired(disk.name, checkpoint.name, verdict.why);
     }
@@ -439,7 +447,10 @@ export class BackupSession {
     this.#checkEnd();
     this.#requireIncrements(
       earlier,
-      taken.disks.map(({ disk, image }) => ({ ...image, name: disk.name, device: disk.number })),
+      taken.disks.map(({ disk, image }) => ({
+        ...historyOf(disk, image),
+        device: disk.number,
+      })),
     );
     const images = taken.disks.map(({ disk, image }) => ({
       device: image.diskName,
@@ -671,7 +682,7 @@ export class BackupSession {
     const checkpoints: { name: string; dirty: readonly Extent[]; number: number }[] = [];
     const full: { checkpoint: string; why: string }[] = [];
     for (const checkpoint of earlier) {
-      const verdict = judge(checkpoint, { ...image, name: disk.name });
+      const verdict = judge(checkpoint, historyOf(disk, image));
       if (verdict.kind === 'full') {
         full.push({ checkpoint: checkpoint.name, why: verdict.why });
       } else {

@@ -3,6 +3,7 @@
 import { Command } from 'commander';
 import { withApi } from '../api-client.ts';
 import type { DeviceReport } from '../devices.ts';
+import { historyWords } from '../errors.ts';
 import { attachDevices, detachDevices, listDevices, markDevice } from '../operations.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
@@ -23,6 +24,10 @@ function stateOf({ gone, resized, inSnapshot }: DeviceReport): string {
     return 'resized: the next backup is a full one';
   }
   return inSnapshot ? 'in a snapshot' : 'tracked';
+}
+
+function rebootOf({ kept }: DeviceReport): string {
+  return kept === 'OK' ? 'kept' : `lost: ${historyWords(kept).message}`;
 }
 
 async function attach(
@@ -86,7 +91,7 @@ async function list(options: CommonOptions): Promise<void> {
     return;
   }
   printTable(
-    ['NAME', 'DEVICE', 'SIZE', 'BLOCK', 'WRITES', 'STATE'],
+    ['NAME', 'DEVICE', 'SIZE', 'BLOCK', 'WRITES', 'STATE', 'AT A REBOOT'],
     devices.map((device) => [
       device.name,
       device.device,
@@ -94,6 +99,7 @@ async function list(options: CommonOptions): Promise<void> {
       formatSize(device.blockSizeBytes),
       String(device.writes),
       stateOf(device),
+      rebootOf(device),
     ]),
     'no device is tracked: run stillblock device attach DEV',
   );
@@ -111,8 +117,9 @@ export function deviceCommand(): Command {
         .addHelpText(
           'after',
           `
-Tracking goes on until "device detach", a reboot, or the module is unloaded;
-after each of these the next backup of the device is a full one.
+Tracking goes on until "device detach" or the module is unloaded; after these the
+next backup of the device is a full one. Devices of the configuration keep their
+history over a clean reboot: "device list" tells which do not, and why.
 
 Examples:
   stillblock device attach /dev/sda

@@ -3,6 +3,7 @@
 import type { Command } from 'commander';
 import { withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
+import { historyWords } from '../errors.ts';
 import { getStatus } from '../operations.ts';
 import { printJson, printLine } from '../output.ts';
 import { printBackup } from './backup.ts';
@@ -22,11 +23,14 @@ async function status(options: CommonOptions): Promise<void> {
     printJson(found);
     return;
   }
-  const { module, trackedDevices, daemon, backups, missingDevices } = found;
+  const { module, trackedDevices, daemon, backups, missingDevices, lostAtReboot } = found;
   printLine(`module ${module.version}, tracked devices: ${trackedDevices}`);
   printLine(daemon === null ? 'no daemon' : `daemon ${daemon.pid}, since ${daemon.since}`);
   for (const device of missingDevices) {
     printLine(`${device} is configured, and not tracked: see the daemon's log`);
+  }
+  for (const { device, reason } of lostAtReboot) {
+    printLine(`${device}: a reboot would end its change history: ${historyWords(reason).message}`);
   }
   if (backups.length === 0) {
     printLine('no backup is running');

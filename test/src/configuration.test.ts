@@ -64,6 +64,7 @@ test('the example with all that is commented out', async (t) => {
     folders: STANDARD,
     logLevel: 'info',
     devices: [{ path: '/dev/disk/by-id/ata-EXAMPLE', name: 'sda', blockSizeBytes: 65_536 }],
+    history: { keep: true, place: undefined, sizeBytes: undefined },
     store: {
       places: ['/mnt/spare', '/dev/vg/scratch'],
       sizeBytes: undefined,
@@ -117,6 +118,8 @@ const GOOD: readonly (readonly [xml: string, expected: (found: Configuration) =>
     (c) => c.hooks.length === 0,
   ],
   [one("<store size='1.5G' max='2g'/>"), (c) => c.store.sizeBytes === 1.5 * 2 ** 30],
+  [one('<history keep="no"/>'), (c) => !c.history.keep],
+  [one('<history place="/h" size="1M"/>'), (c) => c.history.place === '/h'],
   [one('<store><memory share="0"/></store>'), (c) => c.store.memoryShare === 0],
   [
     one('<store><device path="/b"/><folder path="/a"/><device path="/c"/></store>'),
@@ -165,6 +168,8 @@ const BAD: readonly (readonly [content: string, line: number, column: number])[]
   ['<devices><device path="/a" name=".a"/></devices>', 2, 28],
   ['<devices><device path="/a" blocksize="-4K"/></devices>', 2, 28],
   ['<devices>\n  <disk path="/a"/></devices>', 3, 3],
+  ['<history keep="perhaps"/>', 2, 10],
+  ['<history place="h"/>', 2, 10],
   ['<store size="many"/>', 2, 8],
   ['<store size=" 1G"/>', 2, 8],
   ['<store size="1 G"/>', 2, 8],
@@ -207,6 +212,7 @@ const BEYOND: readonly (readonly [content: string, line: number, column: number]
   ['<devices><device path="/a" name="c"/><device path="/b" name="c"/></devices>', 2, 56],
   ['<devices><device path="/a" blocksize="3K"/></devices>', 2, 28],
   ['<devices><device path="/a" blocksize="2K"/></devices>', 2, 28],
+  ['<history size="512K"/>', 2, 10],
   ['<store size="0"/>', 2, 8],
   ['<store size="9999999999G"/>', 2, 8],
   ['<store size="2G" max="1G"/>', 2, 18],

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /** The doctor, on machines that the tests make up. */
 import { execFile } from 'node:child_process';
-import { chmod, mkdir, readdir, readFile, symlink, writeFile } from 'node:fs/promises';
+import { chmod, mkdir, readdir, readFile, symlink, utimes, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { promisify } from 'node:util';
 import test, { type ExecutionContext } from 'ava';
 import { type Configuration, parseConfiguration } from '../../src/configuration.ts';
+import type { DeviceReport } from '../../src/devices.ts';
 import { examine, type Finding } from '../../src/doctor.ts';
 import { StillblockError } from '../../src/errors.ts';
 import { folder, installation, stillblock } from './world.ts';
@@ -418,4 +419,49 @@ test('the command, on the machine that it is on', async (t) => {
   const wrong = await stillblock(folders, 'doctor', '--config', file);
   t.is(wrong.code, 2);
   t.regex(wrong.stderr, /c\.xml:2:1: <wrong> is unknown in <stillblock>/);
+});
+
+test('histories that a reboot would end, and an initramfs that comes too late', async (t) => {
+  const device = (name: string, kept: string): DeviceReport => ({
+    name,
+    device: `/dev/${name}`,
+    tracker: '1',
+    sizeBytes: 2 ** 30,
+    blockSizeBytes: 65_536,
+    generation: '',
+    number: 1,
+    takenUp: true,
+    began: 'FIRST',
+    kept,
+    writes: 0,
+    heldWrites: 0,
+    inSnapshot: false,
+    resized: false,
+    gone: false,
+  });
+  const about = async (root: string, ...devices: DeviceReport[]): Promise<readonly string[]> => {
+    const tracked = () => Promise.resolve(devices);
+    const findings = await examine(parse(''), { root, choose, tracked });
+    return findings
+      .filter(({ check }) => /^histor|^initramfs/.test(check))
+      .map(({ check, verdict }) => `${check}: ${verdict}`);
+  };
+  const hook = { 'usr/share/initramfs-tools/hooks/stillblock': '' };
+  const plan = { 'var/lib/stillblock/boot-plan': 'place x\n' };
+  const bare = await machine(t);
+  t.deepEqual(await about(bare), []);
+  t.deepEqual(await about(bare, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
+  t.deepEqual(await about(bare, device('sda', 'CONTAINER')), [
+    'history of sda: warn',
+    'initramfs: warn',
+  ]);
+  const hooked = await machine(t, { ...hook });
+  t.deepEqual(await about(hooked, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
+  const image = `boot/initrd.img-${RELEASE}`;
+  const planned = await machine(t, { ...hook, ...plan, [image]: '' });
+  const late = new Date(Date.now() + 60_000);
+  await utimes(join(planned, image), late, late);
+  t.deepEqual(await about(planned, device('sda', 'OK')), ['histories: ok', 'initramfs: ok']);
+  await utimes(join(planned, image), new Date(0), new Date(0));
+  t.deepEqual(await about(planned, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
 });
