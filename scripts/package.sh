@@ -63,6 +63,7 @@ program() {
     done
     chmod 755 "$to/dist/src/cli.js"
     cp build/native/stillblock.node "$to/build/native"
+    cp build/native/stillblock-early "$to/stillblock-early"
 }
 
 # papers DESTINATION: the bill of materials, as npm tells it, and the licences.
@@ -110,21 +111,6 @@ LAUNCHER
     chmod 755 "$1"
 }
 
-# boot DESTINATION LIST: what the early boot needs, so far as there is such.
-boot() {
-    local from place
-    while read -r from place; do
-        [ -e "configs/$from" ] || continue
-        mkdir -p "$1/$(dirname "$from")"
-        cp -r "configs/$from" "$1/$from"
-        echo "boot/$from $place" >>"$2"
-    done <<'PLACES'
-initramfs-tools/hooks usr/share/initramfs-tools
-initramfs-tools/scripts usr/share/initramfs-tools
-dracut/90stillblock usr/lib/dracut/modules.d
-PLACES
-}
-
 # copyright FILE: in Debian's format.
 copyright() {
     cat >"$1" <<'COPYRIGHT'
@@ -168,7 +154,6 @@ lay_out() {
     echo "stillblock-$version usr/src" >>"$work/debian/stillblock-dkms.install"
     mkdir "$work/modules-load"
     cp configs/modules-load.d/stillblock.conf "$work/modules-load"
-    boot "$work/boot" "$work/debian/stillblock-dkms.install"
     copyright "$work/debian/copyright"
     cat >"$work/debian/changelog" <<CHANGELOG
 stillblock ($version) unstable; urgency=medium
@@ -189,7 +174,8 @@ output=build/packages
 for tool in dh dh_dkms dpkg-buildpackage; do
     command -v "$tool" >/dev/null || die "$tool is missing: run scripts/setup.sh"
 done
-[ -e dist/src/cli.js ] && [ -e build/native/stillblock.node ] || die 'it is not compiled: run npm run setup'
+[ -e dist/src/cli.js ] && [ -e build/native/stillblock.node ] && [ -e build/native/stillblock-early ] ||
+    die 'it is not compiled: run npm run setup'
 version=$(node -p 'require("./package.json").version')
 [ "$version" = "$(sed -n 's/^PACKAGE_VERSION="\(.*\)"/\1/p' module/dkms.conf)" ] ||
     die 'package.json and module/dkms.conf name different versions'

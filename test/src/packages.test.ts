@@ -2,7 +2,7 @@
 /** The Debian packages, without a machine to install them on. */
 import { execFile } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
+import { mkdir, readdir, readFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { execPath } from 'node:process';
 import { fileURLToPath } from 'node:url';
@@ -70,6 +70,24 @@ test('packages: the same each time, without blemish, and complete', async (t) =>
   for (const file of kept.trim().split('\n')) {
     await t.notThrowsAsync(readFile(join(source, sources, file.replace('module/', ''))));
   }
+
+  // What tracks devices before they are mounted, each part where the others look for it.
+  const early = '/usr/lib/stillblock/stillblock-early';
+  const boots = [
+    early,
+    '/usr/share/initramfs-tools/hooks/stillblock',
+    '/usr/share/initramfs-tools/scripts/local-premount/stillblock',
+    '/usr/lib/dracut/modules.d/90stillblock/module-setup.sh',
+    '/usr/lib/dracut/modules.d/90stillblock/stillblock-early.sh',
+  ];
+  for (const file of boots) {
+    t.is((await stat(join(root, file))).mode & 0o777, 0o755, file);
+  }
+  for (const file of [boots[1], boots[3], '/lib/udev/rules.d/60-stillblock-track.rules']) {
+    t.true((await readFile(join(root, file ?? ''), 'utf8')).includes(early), file);
+  }
+  const refused = await t.throwsAsync(execute(join(root, early), [join(home, 'plan')]));
+  t.regex(refused?.message ?? '', /plan is no plan/);
 
   // The program with nothing but what is in its package.
   const cli = join(root, 'usr/lib/stillblock/bin/stillblock');
