@@ -272,7 +272,7 @@ class Reader {
       history?.fail(`size is less than ${formatSize(MIN_PLACE_BYTES)}`, 'size');
     }
     return {
-      keep: isYes(history?.word('keep', YES_NO) ?? 'yes'),
+      keep: history !== undefined && isYes(history.word('keep', YES_NO) ?? 'yes'),
       place: history?.read('place', readPath, A_PATH),
       sizeBytes,
     };

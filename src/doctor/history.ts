@@ -66,6 +66,6 @@ export async function examineHistories(
   return [
     ...lost,
     ...(kept > 0 ? [ok('histories', `${kept} will survive a clean reboot`)] : []),
-    ...(devices.length > 0 ? [await examineInitramfs(machine)] : []),
+    ...(kept > 0 ? [await examineInitramfs(machine)] : []),
   ];
 }

@@ -119,6 +119,8 @@ const GOOD: readonly (readonly [xml: string, expected: (found: Configuration) =>
   ],
   [one("<store size='1.5G' max='2g'/>"), (c) => c.store.sizeBytes === 1.5 * 2 ** 30],
   [one('<history keep="no"/>'), (c) => !c.history.keep],
+  [one('<history/>'), (c) => c.history.keep],
+  [one(''), (c) => !c.history.keep],
   [one('<history place="/h" size="1M"/>'), (c) => c.history.place === '/h'],
   [one('<store><memory share="0"/></store>'), (c) => c.store.memoryShare === 0],
   [
