@@ -44,6 +44,7 @@
 #include "main.h"
 #include "persist.h"
 #include "snapshot.h"
+#include "store.h"
 #include "tracker.h"
 
 #define STB_PLACE_MAGIC		0x4563616c50625453ull	/* "STbPlacE" */
@@ -1236,11 +1237,7 @@ static struct notifier_block persist_notifier = {
 static void place_release(void)
 {
 	if (place.file) {
-		struct inode *inode = file_inode(place.file);
-
-		inode_lock(inode);
-		inode->i_flags &= ~S_SWAPFILE;
-		inode_unlock(inode);
+		stb_file_unpin(place.file);
 		fput(place.file);
 	}
 	if (place.dev.bdev)
@@ -1254,12 +1251,12 @@ static void place_release(void)
 	};
 }
 
-/* Pin a file as a swap file is: its blocks stay, and nobody writes to them. */
+/* Pin a file and keep it open for reading. */
 static int place_pin(int fd)
 {
 	struct file *file = fget(fd), *held;
 	struct inode *inode;
-	int ret = 0;
+	int ret;
 
 	if (!file)
 		return -EBADF;
@@ -1274,12 +1271,7 @@ static int place_pin(int fd)
 	fput(file);
 	if (IS_ERR(held))
 		return PTR_ERR(held);
-	inode_lock(inode);
-	if (IS_SWAPFILE(inode))
-		ret = -EBUSY;
-	else
-		inode->i_flags |= S_SWAPFILE;
-	inode_unlock(inode);
+	ret = stb_file_pin(held);
 	if (ret)
 		fput(held);
 	else

@@ -50,7 +50,13 @@ void stb_store_init(struct stb_store *store, u64 low_watermark_bytes)
 	store->low_watermark = low_watermark_bytes >> STB_CHUNK_SHIFT;
 }
 
-static int store_pin(struct stb_store_hold *hold, struct file *file)
+/**
+ * stb_file_pin() - pin a file as a swap file is
+ * @file: its blocks stay, and nobody writes to them, until stb_file_unpin()
+ *
+ * Return: 0, or -EBUSY for one that is pinned.
+ */
+int stb_file_pin(struct file *file)
 {
 	struct inode *inode = file_inode(file);
 	int ret = 0;
@@ -61,19 +67,26 @@ static int store_pin(struct stb_store_hold *hold, struct file *file)
 	else
 		inode->i_flags |= S_SWAPFILE;
 	inode_unlock(inode);
-	if (!ret)
-		hold->file = get_file(file);
 	return ret;
+}
+
+/**
+ * stb_file_unpin() - take back stb_file_pin()
+ * @file: file
+ */
+void stb_file_unpin(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+
+	inode_lock(inode);
+	inode->i_flags &= ~S_SWAPFILE;
+	inode_unlock(inode);
 }
 
 static void store_let_go(struct stb_store_hold *hold)
 {
 	if (hold->file) {
-		struct inode *inode = file_inode(hold->file);
-
-		inode_lock(inode);
-		inode->i_flags &= ~S_SWAPFILE;
-		inode_unlock(inode);
+		stb_file_unpin(hold->file);
 		fput(hold->file);
 	} else {
 		stb_bdev_close(&hold->dev);
@@ -229,9 +242,10 @@ static int store_add_file(struct stb_store *store,
 		goto put;
 
 	*reason = STILLBLOCK_REASON_STORE_BUSY;
-	ret = store_pin(hold, file);
+	ret = stb_file_pin(file);
 	if (ret)
 		goto put;
+	hold->file = get_file(file);
 	*reason = STILLBLOCK_REASON_NO_MEMORY;
 	ret = -ENOMEM;
 	pieces = kvmalloc_array(spec->nr_extents, sizeof(*pieces), GFP_KERNEL);

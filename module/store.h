@@ -81,6 +81,8 @@ struct stb_store_rules {
 		     struct stb_range *r);
 };
 
+int stb_file_pin(struct file *file);
+void stb_file_unpin(struct file *file);
 void stb_store_init(struct stb_store *store, u64 low_watermark_bytes);
 int stb_store_add(struct stb_store *store, const struct stillblock_store *spec,
 		  const struct stb_store_rules *rules, void *data, u32 *reason);
