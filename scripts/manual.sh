@@ -6,5 +6,5 @@ cd "$checkout"
 node --input-type=module -e "
 import { manual } from './dist/src/manual.js';
 import { makeProgram } from './dist/src/program.js';
-process.stdout.write(manual(makeProgram()));" >docs/man/stillblock.8.new
+process.stdout.write(manual(await makeProgram()));" >docs/man/stillblock.8.new
 mv docs/man/stillblock.8.new docs/man/stillblock.8

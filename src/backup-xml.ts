@@ -6,7 +6,6 @@
  * the meaning of a request and cannot be done is refused; what would not is accepted
  * with a warning.
  */
-
 import { NBD_DEFAULT_PORT } from '../nbd/constants.ts';
 import { isDiskName } from './block-devices.ts';
 import { isCheckpointName } from './checkpoints.ts';

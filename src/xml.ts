@@ -9,7 +9,6 @@
  * the nesting. Its parser builds the tree and says where each element begins.
  * References are decoded here, since the parser knows no numeric ones of XML alone.
  */
-
 import { EXIT, StillblockError } from './errors.ts';
 import { XMLParser, XMLValidator } from './fast-xml.ts';
 

@@ -31,8 +31,9 @@ class Control final : public Napi::ObjectWrap<Control> {
   Napi::Value Detach(const Napi::CallbackInfo& info);
   // mark(id, offset, length): Promise<void>; bytes
   Napi::Value Mark(const Napi::CallbackInfo& info);
-  // place('query' | 'drop' | 'set' | 'format', StoreFile | null): Promise<{ set, held, history,
-  // capacityBytes, usedBytes }>; the error's refusal says what is wrong with what lies there
+  // place('query' | 'drop' | 'refuse' | 'set' | 'format', StoreFile | null): Promise<{ set, held,
+  // history, capacityBytes, usedBytes }>; the error's refusal says what is wrong with what lies
+  // there
   Napi::Value Place(const Napi::CallbackInfo& info);
   // identity(path): string, as attach() gives it to the module; empty for none
   Napi::Value Identity(const Napi::CallbackInfo& info);
