@@ -12,7 +12,8 @@
  *
  * A record is made IN_USE, on stable storage, before the first write of its
  * device is tracked, and CLEAN by the clean path alone, which first holds every
- * write of every tracked device for ever. It is believed only if its own hash
+ * write of every tracked device for ever; a detach that keeps the history makes
+ * it DETACHED, which is good for this boot. It is believed only if its own hash
  * and that of the map are right, nobody has written to the disk in this boot
  * before the attach, and the device's fingerprint is that of the last moment.
  * Everything else begins a new generation, with the reason.
@@ -35,6 +36,7 @@
 #include <linux/reboot.h>
 #include <linux/siphash.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 #include <linux/uaccess.h>
 #include <linux/uuid.h>
 
@@ -49,7 +51,7 @@
 
 #define STB_PLACE_MAGIC		0x4563616c50625453ull	/* "STbPlacE" */
 /* Raised by every change of the format. */
-#define STB_PLACE_VERSION	1
+#define STB_PLACE_VERSION	2
 #define STB_PLACE_PAGE		4096u
 #define STB_PLACE_PAGE_SECT	(STB_PLACE_PAGE >> SECTOR_SHIFT)
 #define STB_PLACE_RECORDS	STILLBLOCK_MAX_TRACKERS
@@ -176,6 +178,9 @@ struct persist_place {
 static struct persist_place place = {
 	.refusal = STILLBLOCK_HISTORY_NO_PLACE,
 };
+
+/* The machine will come back as it is now; under the control mutex. */
+static bool hibernates;
 
 static u64 persist_hash(const void *data, size_t len, u64 before)
 {
@@ -381,7 +386,7 @@ static bool record_right(struct stb_record *r, u32 index)
 		return false;
 	if (le32_to_cpu(r->state) == STB_RECORD_EMPTY)
 		return true;
-	return le32_to_cpu(r->state) <= STB_RECORD_CLEAN &&
+	return le32_to_cpu(r->state) <= STB_RECORD_DETACHED &&
 	       first >= STB_PLACE_FIRST_MAP && nr && first < place.nr_pages &&
 	       nr <= place.nr_pages - first &&
 	       le32_to_cpu(r->nr_parts) <= STB_RECORD_PARTS;
@@ -815,6 +820,9 @@ static u32 record_refusal(struct stb_tracker *t, const struct stb_record *saved)
 					  STILLBLOCK_HISTORY_FIRST;
 	case STB_RECORD_IN_USE:
 		return STILLBLOCK_HISTORY_NOT_SAVED;
+	case STB_RECORD_DETACHED:
+		if (memcmp(saved->boot_id, place.boot_id, sizeof(saved->boot_id)))
+			return STILLBLOCK_HISTORY_NOT_SAVED;
 	}
 	if (le64_to_cpu(saved->nr_sect) != map->nr_sect)
 		return STILLBLOCK_HISTORY_RESIZED;
@@ -907,14 +915,13 @@ static u32 map_load(struct stb_change_map *map, const struct stb_record *saved)
 /* Could anybody have written since? Then take the history up. */
 static u32 map_take_up(struct stb_tracker *t, struct stb_record *saved)
 {
-	bool same_boot = !memcmp(saved->boot_id, place.boot_id,
-				 sizeof(saved->boot_id));
+	bool detached = le32_to_cpu(saved->state) == STB_RECORD_DETACHED;
 	struct stb_change_map *map = stb_tracker_map(t);
 	__le64 fingerprint = saved->fingerprint;
 	u32 refusal;
 
 	if (!blk_queue_io_stat(t->disk->queue) ||
-	    disk_foreign(t) != (same_boot ? le64_to_cpu(saved->foreign) : 0))
+	    disk_foreign(t) != (detached ? le64_to_cpu(saved->foreign) : 0))
 		return STILLBLOCK_HISTORY_WRITTEN;
 	refusal = fingerprint_take(t, saved);
 	if (refusal)
@@ -1041,10 +1048,11 @@ bool stb_persist_sealed(void)
  */
 
 /*
- * Write the map, and make the record clean. All writes of the device are held, or
+ * Write the map, and make the record @state. All writes of the device are held, or
  * were when record_prepare() was called.
  */
-static u32 record_keep(struct stb_tracker *t, enum persist_way way)
+static u32 record_keep(struct stb_tracker *t, enum stb_record_state state,
+		       enum persist_way way)
 {
 	struct stb_change_map *map = stb_tracker_map(t);
 	struct stb_record *r = &place.records[t->record];
@@ -1091,8 +1099,8 @@ static u32 record_keep(struct stb_tracker *t, enum persist_way way)
 	r->block_shift = cpu_to_le32(map->block_shift);
 	r->number = cpu_to_le32(map->number);
 	r->began = cpu_to_le32(map->began);
-	return record_write(t->record, STB_RECORD_CLEAN, REQ_PREFLUSH | REQ_FUA,
-			    way) ? STILLBLOCK_HISTORY_PLACE_ERROR : 0;
+	return record_write(t->record, state, REQ_PREFLUSH | REQ_FUA, way) ?
+	       STILLBLOCK_HISTORY_PLACE_ERROR : 0;
 }
 
 /* All writes of the device are held from here on, or will be found out by this. */
@@ -1141,7 +1149,7 @@ void stb_persist_keep(struct stb_tracker *t)
 {
 	stb_assert_control();
 	if (t->record >= 0 && place_is_held())
-		record_keep(t, PERSIST_HOOKED);
+		record_keep(t, STB_RECORD_DETACHED, PERSIST_HOOKED);
 	t->record = -1;
 }
 
@@ -1187,7 +1195,7 @@ static void persist_save(struct work_struct *work)
 	u32 refusal;
 
 	stb_control_lock();
-	if (!place_is_held() || place.sealed)
+	if (!place_is_held() || place.sealed || hibernates)
 		goto unlock;
 	persist_seal();
 	for (id = 0; (t = stb_tracker_next(id)); id = t->id) {
@@ -1198,7 +1206,8 @@ static void persist_save(struct work_struct *work)
 			record_mark_on(on, t);
 	}
 	for (id = 0; (t = stb_tracker_next(id)); id = t->id) {
-		refusal = t->kept ?: record_keep(t, PERSIST_PAST);
+		refusal = t->kept ?: record_keep(t, STB_RECORD_CLEAN,
+						 PERSIST_PAST);
 		if (refusal)
 			pr_warn("%pg: history not kept (reason %u)\n",
 				t->dev.bdev, refusal);
@@ -1228,6 +1237,26 @@ static int persist_reboot(struct notifier_block *nb, unsigned long action,
 static struct notifier_block persist_notifier = {
 	.notifier_call = persist_reboot,
 	.priority = INT_MIN,
+};
+
+/*
+ * A hibernation powers the machine off, too, but its end is no end: file systems
+ * stay mounted, and go on from where memory says. What was kept on disk then
+ * would be believed after a crash that comes later.
+ */
+static int persist_pm(struct notifier_block *nb, unsigned long action,
+		      void *data)
+{
+	if (action == PM_HIBERNATION_PREPARE || action == PM_POST_HIBERNATION) {
+		stb_control_lock();
+		hibernates = action == PM_HIBERNATION_PREPARE;
+		stb_control_unlock();
+	}
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block persist_pm_notifier = {
+	.notifier_call = persist_pm,
 };
 
 /*
@@ -1571,9 +1600,17 @@ int stb_persist_place(struct stillblock_place *args)
  */
 int stb_persist_init(void)
 {
+	int ret;
+
 	BUILD_BUG_ON(sizeof(struct stb_record) > STB_PLACE_PAGE);
 	BUILD_BUG_ON(STB_PLACE_RECORDS > STB_IO_PAGES);
-	return register_reboot_notifier(&persist_notifier);
+	ret = register_reboot_notifier(&persist_notifier);
+	if (ret)
+		return ret;
+	ret = register_pm_notifier(&persist_pm_notifier);
+	if (ret)
+		unregister_reboot_notifier(&persist_notifier);
+	return ret;
 }
 
 /**
@@ -1581,6 +1618,7 @@ int stb_persist_init(void)
  */
 void stb_persist_exit(void)
 {
+	unregister_pm_notifier(&persist_pm_notifier);
 	unregister_reboot_notifier(&persist_notifier);
 	stb_control_lock();
 	place_release();

@@ -16,9 +16,11 @@ struct stb_tracker;
  * @STB_RECORD_EMPTY: nothing; the record is free
  * @STB_RECORD_IN_USE: tracked since, with no clean end: worthless
  * @STB_RECORD_CLEAN: map and fingerprint are those of the last write
+ * @STB_RECORD_DETACHED: the same, but somebody may have written since: only this
+ *	boot's figures of the disk can tell, so another boot does not believe it
  *
- *              attach                 shutdown, detach with KEEP
- *   EMPTY ---------------> IN_USE --------------------------------> CLEAN
+ *              attach              shutdown / detach with KEEP
+ *   EMPTY ---------------> IN_USE -----------------------------> CLEAN / DETACHED
  *     ^      detach          |  ^              attach                 |
  *     +----------------------+  +-------------------------------------+
  */
@@ -26,6 +28,7 @@ enum stb_record_state {
 	STB_RECORD_EMPTY	= 0,
 	STB_RECORD_IN_USE	= 1,
 	STB_RECORD_CLEAN	= 2,
+	STB_RECORD_DETACHED	= 3,
 };
 
 /**
@@ -40,7 +43,8 @@ enum stb_record_state {
  * @nr_sect: size of the device, sectors
  * @map_hash: of all pages of the map
  * @fingerprint: of the device
- * @foreign: sectors written to its disk in that boot, by others than us
+ * @foreign: sectors written to its disk in that boot, by others than us; of
+ *	STB_RECORD_DETACHED
  * @first_page: where its map is kept
  * @nr_pages: room for it
  * @block_shift: log2 of the block size in bytes

@@ -297,6 +297,16 @@ test.serial('who writes to one disk without the module ends its history alone', 
   );
   await at.module.require(`attach ${at.node('root')} 0 root`);
   t.like((await at.seen()).data, { takenUp: false, began: history.written });
+  // Kept at its detach, and not tracked until the reboot: who wrote then is not known.
+  await at.module.require(`keep ${(await at.seen()).data.id}`);
+  await at.guest.run(
+    `dd if=/dev/urandom of=${at.node('root')} bs=4k seek=8192 count=1 oflag=direct status=none`,
+  );
+  await at.shutdown();
+  at = await Machine.boot();
+  seen = await at.attach();
+  t.like(seen.root, { takenUp: false, began: history.notSaved });
+  t.like(seen.data, { takenUp: true });
   await at.shutdown();
 });
 
@@ -342,7 +352,7 @@ test.serial('a place that is not right begins new histories, at once', async (t)
     },
     {
       what: 'another version',
-      change: () => tamper('place', placeStart, (b) => b.writeUInt32LE(2, 8)),
+      change: () => tamper('place', placeStart, (b) => b.writeUInt32LE(b.readUInt32LE(8) + 1, 8)),
       expected: { root: history.placeVersion, data: history.placeVersion },
     },
     {

@@ -149,8 +149,8 @@ struct stillblock_attach {
 };
 
 /*
- * Keep the history in the place: it is taken up by an attach before anything
- * else has written to the disk.
+ * Keep the history in the place: it is taken up by an attach in the same boot,
+ * before anything else has written to the disk.
  */
 #define STILLBLOCK_DETACH_KEEP		0x1u
 
