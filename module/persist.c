@@ -148,6 +148,7 @@ enum persist_way {
  * @uuid: of the place
  * @boot_id: of this boot
  * @own_sect: sectors that we have written to its disk
+ * @maps_written: maps, too, and not records alone
  * @records: all records, as they are on the device; what is worthless there may
  *	be empty here
  * @nr_damaged: records that could not be believed when it was set
@@ -169,6 +170,7 @@ struct persist_place {
 	u8 uuid[STILLBLOCK_UUID_SIZE];
 	u8 boot_id[STILLBLOCK_UUID_SIZE];
 	u64 own_sect;
+	bool maps_written;
 	struct stb_record *records;
 	u32 nr_damaged;
 	struct persist_io *io;
@@ -934,6 +936,12 @@ static u32 map_take_up(struct stb_tracker *t, struct stb_record *saved)
 	memcpy(&map->generation, saved->generation, sizeof(saved->generation));
 	map->number = le32_to_cpu(saved->number);
 	map->began = le32_to_cpu(saved->began);
+	/*
+	 * What we have written to the device before it was tracked again: its own
+	 * record, and those of others that were attached earlier.
+	 */
+	place_mark_on(t, 0, place.maps_written ? place.nr_pages :
+						 STB_PLACE_FIRST_MAP);
 	t->taken_up = true;
 	return 0;
 }
@@ -950,8 +958,6 @@ void stb_persist_attached(struct stb_tracker *t, struct stb_record *saved)
 	u32 refusal;
 
 	stb_assert_control();
-	if (t->record >= 0)
-		place_mark_on(t, record_page(t->record), 1);
 	if (!saved)
 		return;
 	/* Who was on the way when the hook learned of it is in the figures now. */
@@ -961,7 +967,6 @@ void stb_persist_attached(struct stb_tracker *t, struct stb_record *saved)
 		refusal = map_take_up(t, saved);
 	if (refusal)
 		stb_tracker_map(t)->began = refusal;
-	place_mark_on(t, record_page(t->record), 1);
 	stb_tracker_ungate(t);
 	kfree(saved);
 }
@@ -1087,6 +1092,7 @@ static u32 record_keep(struct stb_tracker *t, enum stb_record_state state,
 			done += len;
 			left -= len;
 		}
+		place.maps_written = true;
 		ret = place_rw(page, 0, nr, REQ_OP_WRITE | REQ_SYNC, way);
 		if (ret) {
 			place_fail(ret);

@@ -410,6 +410,21 @@ test.serial('the place may be a file of a tracked disk, which stays mounted', as
     const bytes = await checkpoint(at);
     t.log(round, bytes);
     for (const name of tracked) t.true(bytes[name] < 8 * MiB, `${name}: ${bytes[name]}`);
+    if (round === 2) {
+      // What is written to the place while its disk is not tracked changes that disk, too.
+      await at.guest.run('sync; mount -o remount,ro /srv/root && mount -o remount,ro /srv/data');
+      const before = await at.seen();
+      for (const name of tracked) await at.module.require(`keep ${before[name].id}`);
+      for (const name of tracked) await at.module.require(`attach ${at.node(name)} 0 ${name}`);
+      seen = await at.seen();
+      for (const name of tracked) {
+        t.like(seen[name], { takenUp: true, generation: generations[name] }, name);
+      }
+      await at.guest.run('mount -o remount,rw /srv/root && mount -o remount,rw /srv/data');
+      // Which of its pages were written then is not known: all of it counts.
+      const { root } = await checkpoint(at);
+      t.true(root >= 2 * MiB, `${root}`);
+    }
     await at.shutdown();
   }
 
