@@ -8,6 +8,7 @@
 #include <sys/vfs.h>
 
 #include <algorithm>
+#include <deque>
 #include <iterator>
 
 #include "harness.h"
@@ -185,6 +186,59 @@ void TestLateWake() {
   harness::Require(ProcessorNs() - before < kMostNs, "an idle worker does not sleep");
 }
 
+struct Served {
+  uint64_t requests = 0;
+  uint64_t receives = 0;
+  int64_t ns = 0;
+};
+
+// A client with `depth` requests in flight, which takes 10 us for each reply before it asks again,
+// and a server that takes 5 us for each receive and 3 us for each request, for half a second.
+Served Simulate(uint32_t depth, bool gathers) {
+  static constexpr int64_t kClientNs = 10'000;
+  static constexpr int64_t kReceiveNs = 5'000;
+  static constexpr int64_t kRequestNs = 3'000;
+  static constexpr int64_t kRunNs = 500'000'000;
+  engine::Gather gather;
+  Served served;
+  std::deque<int64_t> asked(depth, 0);
+  int64_t client_ns = 0;
+  int64_t& now = served.ns;
+  while (now < kRunNs) {
+    if (gathers) {
+      const int64_t nap_ns = gather.NapNs(now);
+      now += nap_ns;
+      if (nap_ns != 0 && asked.front() > now) gather.OnBurst(0, now);
+    }
+    now = std::max(now, asked.front());
+    uint32_t burst = 0;
+    for (; burst < asked.size() && asked[burst] <= now; burst++) {
+    }
+    gather.OnBurst(burst, now);
+    now += kReceiveNs + burst * kRequestNs;
+    asked.erase(asked.begin(), asked.begin() + burst);
+    for (uint32_t i = 0; i < burst; i++) {
+      client_ns = std::max(client_ns, now) + kClientNs;
+      asked.push_back(client_ns);
+    }
+    served.requests += burst;
+    served.receives++;
+  }
+  return served;
+}
+
+// Naps spare receives, and never a client's time.
+void TestGather() {
+  for (uint32_t depth : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128}) {
+    const Served plain = Simulate(depth, false);
+    const Served napping = Simulate(depth, true);
+    const double rate = static_cast<double>(napping.requests) / static_cast<double>(napping.ns);
+    const double before = static_cast<double>(plain.requests) / static_cast<double>(plain.ns);
+    harness::Require(rate >= 0.97 * before, "naps slow a client down");
+    harness::Require(depth < 64 || napping.receives * 5 < napping.requests, "requests gather");
+  }
+}
+
 void Run(bool ring, engine::CacheProbe probe, uint64_t seed) {
   harness::World world(ring, probe);
   Client clients[kClients];
@@ -216,6 +270,7 @@ int main(int argc, char** argv) {
   TestTurnsOfThoseWhoLeave();
   TestSignals();
   TestLateWake();
+  TestGather();
   for (int turn = 0; turn < 4; turn++) {
     static constexpr engine::CacheProbe kProbes[] = {
         engine::CacheProbe::kCachestat, engine::CacheProbe::kMincore, engine::CacheProbe::kNone};

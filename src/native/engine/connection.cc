@@ -139,6 +139,7 @@ bool Connection::ParseMore() {
   size_t used = Parse(data, size);
   if (used < size && state_ == State::kOpen) Keep(data + used, size - used);
   singles_ = last_burst_ <= 1 ? singles_ + last_burst_ : 0;
+  gather_.OnBurst(last_burst_, last_request_ns_);
   return true;
 }
 

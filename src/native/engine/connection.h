@@ -16,6 +16,7 @@
 #include "buffers.h"
 #include "export.h"
 #include "figures.h"
+#include "gather.h"
 #include "transport.h"
 #include "validate.h"
 #include "wire.h"
@@ -94,6 +95,10 @@ class Connection {
   bool waits_for_one() const {
     return singles_ >= kSingles && in_flight_ == 0 && out_.empty();
   }
+
+  // Whether all that has come is answered.
+  bool waits() const { return in_flight_ == 0 && out_.empty() && state_ == State::kOpen; }
+  Gather& gather() { return gather_; }
 
   // Receives, whatever epoll has said. Returns whether there was anything.
   bool ReceiveNow() {
@@ -203,6 +208,7 @@ class Connection {
   uint32_t last_burst_ = 0;
   // How many receives with one request came one after another.
   uint32_t singles_ = 0;
+  Gather gather_;
 
   // Received and not parsed; whether a whole request may be in there.
   std::vector<uint8_t> rest_;

@@ -105,6 +105,7 @@ class Worker {
   void Loop();
   void WaitForEvents();
   bool Look(int timeout_ms);
+  bool LetGather();
   bool SpinsNow();
   bool Spin();
   void Post(Order order);
