@@ -62,6 +62,8 @@
 #define STB_IO_PAGES		64
 /* A device that does not answer a read or a write of ours in this time hangs. */
 #define STB_IO_TIMEOUT		HZ
+/* What is not kept is looked at again when somebody asks, this often at most. */
+#define STB_KEPT_RETRY		(60 * HZ)
 /* How long the last writes of all devices are waited for once they are held. */
 #define STB_LAST_WRITES		HZ
 
@@ -477,9 +479,13 @@ static int record_alloc(int index, u64 nr)
 			r = &place.records[i];
 			if ((int)i == index || record_lives(i))
 				continue;
-			/* Of a device that is not there, and was not kept. */
-			if (round && le32_to_cpu(r->state) == STB_RECORD_IN_USE)
-				r->state = cpu_to_le32(STB_RECORD_EMPTY);
+			/*
+			 * Of a device that is not there, and was not kept. On the
+			 * device, too: its room is somebody else's from now on.
+			 */
+			if (round && le32_to_cpu(r->state) == STB_RECORD_IN_USE &&
+			    record_write(i, STB_RECORD_EMPTY, 0, PERSIST_HOOKED))
+				return -EIO;
 			if (index < 0 &&
 			    le32_to_cpu(r->state) == STB_RECORD_EMPTY)
 				index = i;
@@ -749,6 +755,13 @@ static u32 fingerprint_try(struct stb_tracker *t)
 	return refusal;
 }
 
+/* Somebody may have made a file system since the last time. */
+static void kept_try(struct stb_tracker *t)
+{
+	t->kept = fingerprint_try(t);
+	t->kept_tried = jiffies;
+}
+
 /* Sectors written to a tracker's disk in this boot by others than us. */
 static u64 disk_foreign(struct stb_tracker *t)
 {
@@ -798,7 +811,8 @@ static u32 record_claim(struct stb_tracker *t, struct stb_record *saved)
 	if (index < 0 || le64_to_cpu(saved->nr_pages) != nr) {
 		index = record_alloc(index, nr);
 		if (index < 0)
-			return STILLBLOCK_HISTORY_PLACE_FULL;
+			return index == -ENOSPC ? STILLBLOCK_HISTORY_PLACE_FULL :
+						  STILLBLOCK_HISTORY_PLACE_ERROR;
 	}
 	r = &place.records[index];
 	memcpy(r->identity, t->identity, sizeof(r->identity));
@@ -861,7 +875,7 @@ struct stb_record *stb_persist_claim(struct stb_tracker *t)
 	t->kept = record_claim(t, saved);
 	refusal = t->kept ?: record_refusal(t, saved);
 	if (!t->kept)
-		t->kept = fingerprint_try(t);
+		kept_try(t);
 	if (refusal) {
 		/* It was not saved because it never is. */
 		map->began = refusal == STILLBLOCK_HISTORY_NOT_SAVED && t->kept ?
@@ -981,7 +995,7 @@ static void place_adopt(struct stb_tracker *t)
 	saved = kmalloc(sizeof(*saved), GFP_KERNEL);
 	t->kept = saved ? record_claim(t, saved) : STILLBLOCK_HISTORY_NO_MEMORY;
 	if (!t->kept)
-		t->kept = fingerprint_try(t);
+		kept_try(t);
 	kfree(saved);
 }
 
@@ -1030,9 +1044,9 @@ u32 stb_persist_kept(struct stb_tracker *t)
 		return place.error;
 	if (!place.exclusive && !place.file)
 		return STILLBLOCK_HISTORY_PLACE_LOOSE;
-	/* Somebody may have made a file system since. */
-	if (t->kept && !place.sealed)
-		t->kept = fingerprint_try(t);
+	if (t->kept && !place.sealed &&
+	    time_after(jiffies, t->kept_tried + STB_KEPT_RETRY))
+		kept_try(t);
 	return t->kept;
 }
 
@@ -1168,6 +1182,7 @@ static void persist_seal(void)
 	for (id = 0; (t = stb_tracker_next(id)); id = t->id) {
 		if (t->snapshot)
 			stb_snapshot_abandon(t->snapshot);
+		t->kept_tried = jiffies - STB_KEPT_RETRY - 1;
 		t->kept = stb_persist_kept(t);
 	}
 	/*

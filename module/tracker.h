@@ -88,6 +88,7 @@ struct stb_tracker_figures {
  * @identity: by which its history is found after a reboot; all zero: none
  * @record: index of its record in the place, or negative
  * @kept: enum stillblock_history: why its history will not be kept
+ * @kept_tried: when @kept was found out by its content, jiffies
  * @taken_up: its history was there before it was attached
  * @free_work: frees a detached tracker when its last write has completed
  */
@@ -112,6 +113,7 @@ struct stb_tracker {
 	u8 identity[STILLBLOCK_IDENTITY_SIZE];
 	int record;
 	u32 kept;
+	unsigned long kept_tried;
 	bool taken_up;
 	struct delayed_work free_work;
 };

@@ -36,6 +36,8 @@ export interface ExportReport {
   /** Of a delta export: what the checkpoint recorded of the disk. */
   readonly generation?: string;
   readonly number?: number;
+  /** Of a delta export: UUID of the checkpoint. */
+  readonly checkpointId?: string;
 }
 
 /** A disk of the snapshot. */
@@ -66,7 +68,7 @@ export interface StoreReport {
 
 /** A backup that runs. */
 export interface BackupDescription {
-  /** UUID of this one: checkpoints' names come again. */
+  /** UUID of this one and of its checkpoint: names come again. */
   readonly id: string;
   readonly state: BackupPhase;
   readonly checkpoint: string;

@@ -5,7 +5,7 @@
  * generation and the number of each disk's change history, stands in attributes of
  * our own namespace:
  *
- *     <domaincheckpoint xmlns:stillblock="urn:stillblock:checkpoint:1">
+ *     <domaincheckpoint xmlns:stillblock="urn:stillblock:checkpoint:1" stillblock:id="5d2c…">
  *       <name>tuesday</name>
  *       <parent><name>monday</name></parent>
  *       <creationTime>1767225600</creationTime>
@@ -34,6 +34,8 @@ export interface CheckpointDisk {
 
 export interface Checkpoint {
   readonly name: string;
+  /** UUID: names and numbers come again where a machine is set back to an earlier state. */
+  readonly id: string | undefined;
   readonly description: string;
   /** The checkpoint before this one, if there was any. */
   readonly parent: string | undefined;
@@ -65,6 +67,8 @@ const NAME = /^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$/;
 const MAX_NAME_LENGTH = 200;
 /** Of a file that is written, and not shown yet. */
 const STAGED_SUFFIX = '.xml.new';
+/** Generation of a disk that was set back to before the checkpoint: it has no history there. */
+const SET_BACK = '00000000-0000-0000-0000-000000000000';
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** Whether a text is the name of a checkpoint, as libvirt allows them. */
@@ -97,6 +101,9 @@ export function judge(checkpoint: Checkpoint, disk: DiskHistory): Verdict {
   if (known === undefined) {
     return { kind: 'full', why: 'the checkpoint does not contain this disk' };
   }
+  if (known.generation === SET_BACK) {
+    return { kind: 'full', why: 'the disk was set back to a state from before the checkpoint' };
+  }
   if (known.generation !== disk.generation) {
     const why = 'the tracking of changes began anew after the checkpoint';
     const { began = 'FIRST' } = disk;
@@ -108,10 +115,37 @@ export function judge(checkpoint: Checkpoint, disk: DiskHistory): Verdict {
   if (known.sizeBytes !== disk.sizeBytes) {
     return { kind: 'full', why: 'the disk had another size at the checkpoint' };
   }
-  if (known.number > disk.number) {
-    return { kind: 'full', why: 'the checkpoint is from the future of this change history' };
+  if (isAhead(known, disk)) {
+    return { kind: 'full', why: 'the disk was set back to a state from before the checkpoint' };
   }
   return { kind: 'incremental', number: known.number };
+}
+
+/** Whether a disk's history has not come to a checkpoint's instant: the next has its number. */
+function isAhead(known: CheckpointDisk, disk: DiskHistory): boolean {
+  return known.generation === disk.generation && known.number >= disk.number;
+}
+
+/**
+ * Disks that were set back, together with their history, to a state from before a checkpoint.
+ * Their next numbers are those of such checkpoints, which must not be taken for one another.
+ *
+ * @param disks all that are tracked
+ * @returns the checkpoint as it is from now on, for ever; undefined if there is no such disk
+ */
+export function afterSetBack(
+  checkpoint: Checkpoint,
+  disks: readonly DiskHistory[],
+): Checkpoint | undefined {
+  const isLost = (known: CheckpointDisk): boolean => disks.some((disk) => isAhead(known, disk));
+  return checkpoint.disks.some(isLost)
+    ? {
+        ...checkpoint,
+        disks: checkpoint.disks.map((known) =>
+          isLost(known) ? { ...known, generation: SET_BACK } : known,
+        ),
+      }
+    : undefined;
 }
 
 const builder = new XMLBuilder({
@@ -124,10 +158,11 @@ const builder = new XMLBuilder({
 
 /** Writes a checkpoint as XML. */
 export function formatCheckpoint(checkpoint: Checkpoint): string {
-  const { name, description, parent, creationTime, disks } = checkpoint;
+  const { name, id, description, parent, creationTime, disks } = checkpoint;
   return builder.build({
     domaincheckpoint: {
       '@xmlns:stillblock': NAMESPACE,
+      ...(id === undefined ? {} : { '@stillblock:id': id }),
       name,
       ...(description === '' ? {} : { description }),
       ...(parent === undefined ? {} : { parent: { name: parent } }),
@@ -252,6 +287,7 @@ export function parseCheckpoint(xml: string): Checkpoint {
   const { domaincheckpoint } = members(document, 'domaincheckpoint', ['domaincheckpoint']);
   const root = members(domaincheckpoint, 'domaincheckpoint', [
     '@xmlns:stillblock',
+    '@stillblock:id',
     'name',
     'description',
     'parent',
@@ -265,6 +301,10 @@ export function parseCheckpoint(xml: string): Checkpoint {
   if (!isCheckpointName(name)) {
     throw bad(`${JSON.stringify(name)} cannot name a checkpoint`);
   }
+  const id = root['@stillblock:id'];
+  if (id !== undefined && !UUID.test(text(id, 'the id'))) {
+    throw bad('its id is not a UUID');
+  }
   const parent = root.parent === undefined ? {} : members(root.parent, 'parent', ['name']);
   const { disk } = members(root.disks, 'disks', ['disk']);
   if (!Array.isArray(disk)) {
@@ -276,6 +316,7 @@ export function parseCheckpoint(xml: string): Checkpoint {
   }
   return {
     name,
+    id: id === undefined ? undefined : text(id, 'the id'),
     description: root.description === undefined ? '' : text(root.description, 'description'),
     parent: parent.name === undefined ? undefined : text(parent.name, "the parent's name"),
     creationTime: count(root.creationTime, 'the creation time'),
@@ -458,6 +499,30 @@ export class CheckpointStore {
       await staged.discard();
       throw error;
     }
+  }
+
+  /**
+   * Has checkpoints say for ever that a disk was set back to a state from before them. To be
+   * called before each snapshot, whose numbers would be theirs.
+   *
+   * @param checkpoints as they were before the disks were looked at: one that another snapshot
+   *   makes meanwhile would look as if it was ahead
+   * @param disks all that are tracked
+   * @returns names of those that say so now
+   */
+  async settle(
+    checkpoints: readonly Checkpoint[],
+    disks: readonly DiskHistory[],
+  ): Promise<readonly string[]> {
+    const lost: string[] = [];
+    for (const checkpoint of checkpoints) {
+      const after = afterSetBack(checkpoint, disks);
+      if (after !== undefined) {
+        await this.write(after);
+        lost.push(after.name);
+      }
+    }
+    return lost;
   }
 
   /** Removes what a process that was killed has staged. Nobody else may be staging. */

@@ -61,7 +61,10 @@ export interface DaemonStatus {
   readonly backups: readonly BackupDescription[];
   /** Configured, and not there. */
   readonly missingDevices: readonly string[];
-  /** Tracked, and not to be after a reboot as they were before; why, by name. */
+  /**
+   * Tracked, and not to be after a reboot as they were before, though they are meant to be;
+   * why, by name.
+   */
   readonly lostAtReboot: readonly { readonly device: string; readonly reason: string }[];
 }
 
@@ -234,8 +237,13 @@ export class Daemon implements BackupHost {
     for (const session of this.#sessions.values()) {
       await session.sample(now);
     }
-    if (this.#missing.length > 0) {
+    const missing = this.#missing.length;
+    if (missing > 0) {
       await this.#track(this.#settings.devices);
+    }
+    if (this.#missing.length < missing) {
+      // The plan for the next boot names those that were there.
+      await this.#keepHistories();
     }
   }
 
@@ -380,7 +388,7 @@ export class Daemon implements BackupHost {
       backup: backups[0] ?? null,
       backups,
       missingDevices: this.#missing,
-      lostAtReboot: disks
+      lostAtReboot: (this.#settings.history.keep ? disks : [])
         .filter(({ tracker }) => tracker.kept !== 'OK')
         .map(({ path, tracker }) => ({ device: path, reason: tracker.kept })),
     };

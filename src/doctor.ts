@@ -85,7 +85,7 @@ export async function examine(
   return [
     ...(await examineKernel(machine)),
     ...(configuration.devices.length === 0 ? [] : [await examineStore(choose)]),
-    ...(await examineHistories(machine, await tracked())),
+    ...(await examineHistories(machine, configuration, await tracked())),
     ...(await examineService(machine, configuration)),
   ];
 }

@@ -100,7 +100,7 @@ async function wantedBytes({ history, devices }: HistorySetting): Promise<number
 }
 
 /** What lies there is tried first; an empty place takes its stead where it is no good. */
-async function set(control: ControlDevice, file: StoreFile, log: Logger): Promise<PlaceState> {
+async function setPlace(control: ControlDevice, file: StoreFile, log: Logger): Promise<PlaceState> {
   try {
     return await control.setPlace(file, false);
   } catch (error) {
@@ -113,28 +113,55 @@ async function set(control: ControlDevice, file: StoreFile, log: Logger): Promis
 }
 
 /**
+ * Sets the place, or holds it fast.
+ *
+ * @param now how it does
+ * @param same whether that is this file, by the plan
+ */
+async function hold(
+  control: ControlDevice,
+  file: StoreFile,
+  now: PlaceState,
+  same: boolean,
+  log: Logger,
+): Promise<PlaceState> {
+  if (now.set && now.held && same) {
+    return now;
+  }
+  if (now.set && now.held) {
+    // Another place is configured: histories go on in memory, and are kept there from now on.
+    await control.dropPlace();
+  }
+  return setPlace(control, file, log);
+}
+
+/** Where the place is, as a line of the plan. */
+async function placeLine(control: ControlDevice, file: StoreFile): Promise<string> {
+  const where = (await BlockDevices.read()).describe(deviceNumber(file.major, file.minor));
+  const extents = storeExtents(file).map(({ offset, length }) => `${offset}:${length}`);
+  return `place ${[control.identity(where), ...extents].join(' ')}\n`;
+}
+
+/**
  * The plan, in lines of words: where the place is, then each device with the unit of its
  * change tracking. Devices are named by identity, so that it is right in each boot.
  */
 async function planText(
   control: ControlDevice,
   { devices }: HistorySetting,
-  file: StoreFile,
+  place: string,
 ): Promise<string> {
-  const all = await BlockDevices.read();
-  const where = all.describe(deviceNumber(file.major, file.minor));
-  const extents = storeExtents(file).map(({ offset, length }) => `${offset}:${length}`);
-  const lines = [`place ${[control.identity(where), ...extents].join(' ')}`];
+  const lines: string[] = [];
   for (const { path, blockSizeBytes } of devices) {
     const found = await stat(path).then(
       () => true,
       () => false,
     );
     if (found) {
-      lines.push(`device ${control.identity(path)} ${blockSizeBytes ?? 0}`);
+      lines.push(`device ${control.identity(path)} ${blockSizeBytes ?? 0}\n`);
     }
   }
-  return `${lines.join('\n')}\n`;
+  return place + lines.join('');
 }
 
 /**
@@ -153,21 +180,17 @@ export async function keepHistories(
     return now.set ? control.dropPlace() : now;
   }
   const path = placeOf(setting);
-  const isDevice = await stat(path).then(
-    (status) => status.isBlockDevice(),
-    () => false,
-  );
-  if (now.set && now.held) {
-    return now;
-  }
-  if (!isDevice && !now.set) {
+  const before = await readFile(planOf(setting), 'utf8').catch(() => '');
+  const status = await stat(path).catch(() => undefined);
+  if (status === undefined || !(now.set || status.isBlockDevice())) {
     await makeFile(path, await wantedBytes(setting));
   }
   const file = await openStore(path, 0);
   try {
-    const state = await set(control, file, log);
-    const plan = await planText(control, setting, file);
-    if ((await readFile(planOf(setting), 'utf8').catch(() => '')) !== plan) {
+    const place = await placeLine(control, file);
+    const state = await hold(control, file, now, before.startsWith(place), log);
+    const plan = await planText(control, setting, place);
+    if (before !== plan) {
       await replaceFile(planOf(setting), plan);
       log.info('the devices to track have changed: update-initramfs -u takes them up at boot');
     }

@@ -63,14 +63,19 @@ export function chooseUri(uris: readonly string[], host: string | undefined): Nb
   );
 }
 
-function historyOf({ generation, number }: ExportReport | DiskReport): HistoryPlace | undefined {
-  return generation === undefined || number === undefined ? undefined : { generation, number };
+function historyOf(
+  { generation, number }: ExportReport | DiskReport,
+  checkpointId: string | undefined,
+): HistoryPlace | undefined {
+  return generation === undefined || number === undefined
+    ? undefined
+    : { generation, number, checkpointId };
 }
 
 /** A disk of a backup, but for whose it is: the server's word for that is its history. */
 function toOffered(
   disk: DiskReport,
-  exports: readonly ExportReport[],
+  { id, exports }: BackupDescription,
   host: string | undefined,
 ): Omit<OfferedDisk, 'identity'> {
   const own = exports.filter((each) => each.disk === disk.name);
@@ -79,7 +84,7 @@ function toOffered(
     name: disk.name,
     sizeBytes: disk.sizeBytes,
     uri: chooseUri(image?.uris ?? [], host),
-    history: historyOf(disk),
+    history: historyOf(disk, id),
     full: disk.full,
     deltas: own.flatMap((each) =>
       each.checkpoint === undefined
@@ -88,7 +93,7 @@ function toOffered(
             {
               checkpoint: each.checkpoint,
               uri: chooseUri(each.uris, host),
-              history: historyOf(each),
+              history: historyOf(each, each.checkpointId),
             },
           ],
     ),
@@ -157,7 +162,7 @@ export class HostSource implements PullSource {
     this.#backup = backup;
     const offered: OfferedDisk[] = [];
     for (const disk of backup.disks) {
-      const known = toOffered(disk, backup.exports, host);
+      const known = toOffered(disk, backup, host);
       const identity = await exportIdentity(known.uri, { certificates, stallMs, signal });
       offered.push({ ...known, identity });
     }

@@ -35,6 +35,8 @@ export interface ChainEntry {
   /** UUID of the server's change history and the number in it, where the server told. */
   readonly generation: string | null;
   readonly number: number | null;
+  /** UUID of the checkpoint there, where the server told. */
+  readonly checkpointId: string | null;
   readonly identity: DiskIdentity;
   /** Compared with the server's image, byte by byte, while that was held. */
   readonly verified: boolean;
@@ -147,6 +149,9 @@ function readEntry(value: unknown, where: string): ChainEntry {
     stamp: reader.text('stamp'),
     generation: reader.textOrNull('generation'),
     number: reader.member('number') === null ? null : reader.count('number'),
+    // Chains that are older than these have none.
+    checkpointId:
+      reader.member('checkpointId') === undefined ? null : reader.textOrNull('checkpointId'),
     identity: {
       kind: identity.textOrNull('kind'),
       id: identity.textOrNull('id'),

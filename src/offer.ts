@@ -11,6 +11,8 @@ export interface HistoryPlace {
   /** UUID. */
   readonly generation: string;
   readonly number: number;
+  /** UUID of the checkpoint; undefined where the server does not tell. */
+  readonly checkpointId: string | undefined;
 }
 
 /** A delta export. */

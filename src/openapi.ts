@@ -115,8 +115,9 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
       dirtyBytes: bytes,
       generation: uuid,
       number: count,
+      checkpointId: uuid,
     },
-    ['checkpoint', 'dirtyBytes', 'generation', 'number'],
+    ['checkpoint', 'dirtyBytes', 'generation', 'number', 'checkpointId'],
   ),
   Changes: record({
     disk: text,

@@ -52,8 +52,9 @@ function judge(disk: OfferedDisk, checkpoint: string, entry: ChainEntry): Verdic
           why: `it is another disk than at ${checkpoint}, or was partitioned or formatted since`,
         };
   }
-  const { generation, number } = delta.history;
-  return generation === entry.generation && number === entry.number
+  const { generation, number, checkpointId } = delta.history;
+  const sameId = entry.checkpointId === null || checkpointId === entry.checkpointId;
+  return sameId && generation === entry.generation && number === entry.number
     ? { kind: 'incremental', from: delta.uri, proven: true }
     : { kind: 'full', why: `the server's checkpoint ${checkpoint} is another than the chain's` };
 }

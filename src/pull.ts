@@ -219,6 +219,7 @@ class Pull {
       ...sealed,
       generation: disk.history?.generation ?? null,
       number: disk.history?.number ?? null,
+      checkpointId: disk.history?.checkpointId ?? null,
       identity: disk.identity,
       verified: verify,
     };

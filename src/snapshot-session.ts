@@ -398,10 +398,12 @@ export class BackupSession {
   /** Everything up to serving: first all that can go wrong without a snapshot. */
   async #begin(): Promise<void> {
     const { control, diskNames } = this.#host;
-    const earlier = await this.#requireFreeName();
+    const before = await this.#host.checkpoints.list();
     const devices = await BlockDevices.read();
     const trackers = await control.list();
     const tracked = trackers.map((tracker) => diskOf(tracker, devices, diskNames));
+    await this.#settle(before.checkpoints, tracked);
+    const earlier = await this.#requireFreeName();
     const wanted = await Promise.all(
       this.#request.disks.map(async (disk) => ({
         ...disk,
@@ -458,6 +460,14 @@ export class BackupSession {
     }));
     this.#stack.push(await this.#host.linkImages(this.checkpoint, images));
     await this.#serve(taken, earlier, server);
+  }
+
+  /** Checkpoints that this snapshot's numbers would be taken for are none from now on. */
+  async #settle(checkpoints: readonly Checkpoint[], tracked: readonly Disk[]): Promise<void> {
+    const histories = tracked.map(({ name, tracker }) => ({ ...tracker, name }));
+    for (const lost of await this.#host.checkpoints.settle(checkpoints, histories)) {
+      this.#log.warn({ checkpoint: lost }, 'disks were set back to a state from before it');
+    }
   }
 
   async #requireFreeName(): Promise<readonly Checkpoint[]> {
@@ -609,6 +619,7 @@ export class BackupSession {
     );
     const staged = await this.#host.checkpoints.stage({
       name: this.#request.checkpoint,
+      id: this.#id,
       description: this.#request.description,
       parent: earlier.at(-1)?.name,
       creationTime: Number(taken.snapshot.state().takenNs / 1_000_000_000n),
@@ -679,7 +690,12 @@ export class BackupSession {
       throw explain(error, path);
     });
     this.#stack.push(() => source.close());
-    const checkpoints: { name: string; dirty: readonly Extent[]; number: number }[] = [];
+    const checkpoints: {
+      readonly name: string;
+      readonly id: string | undefined;
+      readonly dirty: readonly Extent[];
+      readonly number: number;
+    }[] = [];
     const full: { checkpoint: string; why: string }[] = [];
     for (const checkpoint of earlier) {
       const verdict = judge(checkpoint, historyOf(disk, image));
@@ -687,7 +703,8 @@ export class BackupSession {
         full.push({ checkpoint: checkpoint.name, why: verdict.why });
       } else {
         const dirty = await snapshot.changedRanges(index, verdict.number);
-        checkpoints.push({ name: checkpoint.name, dirty, number: verdict.number });
+        const { name, id } = checkpoint;
+        checkpoints.push({ name, id, dirty, number: verdict.number });
       }
     }
     const { name } = disk;
@@ -728,6 +745,7 @@ export class BackupSession {
           dirtyBytes: checkpoint.dirty.reduce((sum, { length }) => sum + length, 0),
           generation: image.generation,
           number: checkpoint.number,
+          ...(checkpoint.id === undefined ? {} : { checkpointId: checkpoint.id }),
         })),
       ],
     };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What the next reboot would cost: whose history will not be kept, and why. */
 import { stat } from 'node:fs/promises';
+import type { Configuration } from '../configuration.ts';
 import type { DeviceReport } from '../devices.ts';
 import { historyWords } from '../errors.ts';
 import { type Finding, type Machine, ok, warn } from './machine.ts';
@@ -48,23 +49,34 @@ async function examineInitramfs(machine: Machine): Promise<Finding> {
   return ok(check, 'devices are tracked before they are mounted');
 }
 
+/** One for each reason. */
+function lostHistories(devices: readonly DeviceReport[]): Finding[] {
+  const names = new Map<string, string[]>();
+  for (const { name, kept } of devices.filter((device) => device.kept !== 'OK')) {
+    names.set(kept, [...(names.get(kept) ?? []), name]);
+  }
+  return [...names].map(([why, all]) => {
+    const { message, advice } = historyWords(why);
+    return warn(`history of ${all.join(', ')}`, `a reboot would end it: ${message}`, advice);
+  });
+}
+
 /**
  * @param devices all that are tracked
- * @returns a finding for each whose history the next reboot would end
+ * @returns what of their histories the next reboot would end, and why
  */
 export async function examineHistories(
   machine: Machine,
+  { history }: Pick<Configuration, 'history'>,
   devices: readonly DeviceReport[],
 ): Promise<Finding[]> {
-  const lost = devices
-    .filter(({ kept }) => kept !== 'OK')
-    .map(({ name, kept }) => {
-      const { message, advice } = historyWords(kept);
-      return warn(`history of ${name}`, `it will not survive a reboot: ${message}`, advice);
-    });
-  const kept = devices.length - lost.length;
+  if (!history.keep) {
+    const none = ok('histories', 'a reboot ends them: <history> does not say that they are kept');
+    return devices.length === 0 ? [] : [none];
+  }
+  const kept = devices.filter((device) => device.kept === 'OK').length;
   return [
-    ...lost,
+    ...lostHistories(devices),
     ...(kept > 0 ? [ok('histories', `${kept} will survive a clean reboot`)] : []),
     ...(kept > 0 ? [await examineInitramfs(machine)] : []),
   ];

@@ -103,7 +103,8 @@ Outcome<Nothing> Allocate(const PreparedStore& store) {
   do {
     result = fallocate(store.fd.get(), 0, 0, static_cast<off_t>(store.size_bytes));
   } while (result != 0 && errno == EINTR);
-  if (result != 0) return Failure::Last("fallocate");
+  // Pinned by the module, to which it lies allocated; extents will tell if not.
+  if (result != 0 && errno != ETXTBSY) return Failure::Last("fallocate");
   // Extents are committed, so that their blocks are nobody else's after a crash either.
   if (fsync(store.fd.get()) != 0) return Failure::Last("fsync");
   return Nothing();

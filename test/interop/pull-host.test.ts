@@ -41,6 +41,7 @@ class Server {
   readonly machine: Machine;
   readonly socket: string;
   readonly held: Backup[] = [];
+  readonly #ids = new Map<string, string>();
   readonly checkpoints: string[] = [];
   generation: string = randomUUID();
   machineId = 'aaaa';
@@ -114,6 +115,7 @@ class Server {
     const earlier = [...this.checkpoints];
     const instant = await this.machine.serve(this.#t, checkpoint);
     const id = randomUUID();
+    this.#ids.set(checkpoint, id);
     this.held.push({ id, checkpoint, instant });
     this.checkpoints.push(checkpoint);
     const { generation } = this;
@@ -127,6 +129,7 @@ class Server {
       ...earlier.map((since) => ({
         ...{ name: `${name}@${since}`, disk: name, checkpoint: since, sizeBytes, generation },
         ...{ uris: instant.server.uris(`${name}@${since}`), number: numberOf(since) },
+        checkpointId: this.#ids.get(since),
       })),
     ]);
     const takenAt = '2026-01-01T00:00:00.000Z';

@@ -87,6 +87,7 @@ async function keep(
   await store.prepare();
   await store.write({
     name,
+    id: undefined,
     description: '',
     parent,
     creationTime: seconds,

@@ -14,7 +14,7 @@ import {
   tipOf,
 } from '../../src/manifest.ts';
 import { formatNbdUri, parseNbdUri, qemuImageOptions, qemuTlsObject } from '../../src/nbd-uri.ts';
-import type { Offer, OfferedDisk } from '../../src/offer.ts';
+import type { Offer, OfferedDelta, OfferedDisk } from '../../src/offer.ts';
 import { planPull } from '../../src/pull-plan.ts';
 import { parseQcow2Header } from '../../src/qcow2-header.ts';
 import {
@@ -31,7 +31,7 @@ function entry(disk: string, index: number, more: Partial<ChainEntry> = {}): Cha
   return {
     ...{ disk, sizeBytes: 4096, kind: 'full', file: `${disk}.000${index}.qcow2` },
     ...{ backing: null, parent: null, fileBytes: 10, sha256: 'a'.repeat(64), stamp: '1' },
-    ...{ generation: GENERATION, number: index, verified: false },
+    ...{ generation: GENERATION, number: index, checkpointId: null, verified: false },
     identity: { kind: 'gpt', id: 'aa' },
     ...more,
   };
@@ -148,11 +148,17 @@ for (const [what, code, change] of BROKEN) {
 
 const URI = parseNbdUri('nbd://h/sda');
 
+const since = (generation: string, number: number, checkpointId?: string): OfferedDelta => ({
+  checkpoint: 'wed',
+  uri: URI,
+  history: { generation, number, checkpointId },
+});
+
 function offered(name: string, more: Partial<OfferedDisk> = {}): OfferedDisk {
-  const history = { generation: GENERATION, number: 3 };
+  const history = { generation: GENERATION, number: 3, checkpointId: undefined };
   return {
     ...{ name, sizeBytes: 4096, uri: URI, identity: { kind: 'gpt', id: 'aa' }, full: [] },
-    ...{ history: { generation: GENERATION, number: 9 } },
+    ...{ history: { generation: GENERATION, number: 9, checkpointId: undefined } },
     deltas: [{ checkpoint: 'wed', uri: parseNbdUri(`nbd://h/${name}@wed`), history }],
     ...more,
   };
@@ -179,15 +185,11 @@ const OTHERS: readonly [string, RegExp, Partial<OfferedDisk>][] = [
     { deltas: [], full: [{ checkpoint: 'wed', why: 'a reason' }] },
   ],
   ['another size', /another size/, { sizeBytes: 8192 }],
-  [
-    'another generation',
-    /another than the chain's/,
-    { deltas: [{ checkpoint: 'wed', uri: URI, history: { generation: 'other', number: 3 } }] },
-  ],
+  ['another generation', /another than the chain's/, { deltas: [since('other', 3)] }],
   [
     'a checkpoint made anew under the same name',
     /another than the chain's/,
-    { deltas: [{ checkpoint: 'wed', uri: URI, history: { generation: GENERATION, number: 5 } }] },
+    { deltas: [since(GENERATION, 5)] },
   ],
   [
     'another disk, of which the server tells nothing',
@@ -213,6 +215,19 @@ for (const [what, says, more] of OTHERS) {
     t.is(plan.disks[1]?.base?.checkpoint, 'wed');
   });
 }
+
+test('a number that was used again after a disk was set back is another checkpoint', (t) => {
+  const chain = {
+    ...CHAIN,
+    points: [point('wed', entry('sda', 3, { checkpointId: 'first' }))],
+  };
+  const plan = (id?: string) =>
+    planPull(chain, offer(offered('sda', { deltas: [since(GENERATION, 3, id)] })), 'increments');
+  t.like(plan('first').disks[0], { proven: true, base: { checkpoint: 'wed' } });
+  for (const other of ['second', undefined]) {
+    t.throws(() => plan(other), { message: /another than the chain's/ });
+  }
+});
 
 test('what the server does not prove is pulled, and compared', (t) => {
   const deltas = [{ checkpoint: 'wed', uri: URI, history: undefined }];

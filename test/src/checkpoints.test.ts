@@ -20,6 +20,7 @@ const OTHER = '00000000-0000-4000-8000-000000000000';
 
 const MONDAY: Checkpoint = {
   name: 'monday',
+  id: '5d2c7b1e-0000-4000-8000-000000000001',
   description: '',
   parent: undefined,
   creationTime: 1_767_225_600,
@@ -43,6 +44,7 @@ const disk = fc.record({
 });
 const checkpoint: fc.Arbitrary<Checkpoint> = fc.record({
   name,
+  id: fc.option(fc.uuid(), { nil: undefined }),
   description,
   parent: fc.option(name, { nil: undefined }),
   creationTime: fc.nat({ max: 2 ** 40 }),
@@ -60,7 +62,7 @@ test('what is written is read back', (t) => {
 test("it is libvirt's vocabulary", (t) => {
   t.is(
     formatCheckpoint({ ...MONDAY, parent: '01', description: 'a <b> & "c"' }),
-    `<domaincheckpoint xmlns:stillblock="urn:stillblock:checkpoint:1">
+    `<domaincheckpoint xmlns:stillblock="urn:stillblock:checkpoint:1" stillblock:id="${MONDAY.id}">
   <name>monday</name>
   <description>a &lt;b&gt; &amp; &quot;c&quot;</description>
   <parent>
@@ -113,6 +115,7 @@ const HOSTILE: Readonly<Record<string, string>> = {
   'a number with a sign': replaced('number="3"', 'number="+3"'),
   'a generation that is none': replaced(GENERATION, 'yes'),
   'another namespace': replaced('urn:stillblock:checkpoint:1', 'urn:stillblock:checkpoint:2'),
+  'an id that is none': replaced(MONDAY.id ?? '', 'yes'),
   'no namespace': replaced(' xmlns:stillblock="urn:stillblock:checkpoint:1"', ''),
   'a prototype': replaced('<disks>', '<__proto__><x/></__proto__><disks>'),
   'a constructor': replaced('<disks>', '<constructor>x</constructor><disks>'),
@@ -157,16 +160,38 @@ test('names are those that libvirt takes, and that a file can have', (t) => {
 test('increments are offered only where nothing is in doubt', (t) => {
   const disk = { name: 'sda', sizeBytes: 2 ** 40, generation: GENERATION, number: 5 };
   t.deepEqual(judge(MONDAY, disk), { kind: 'incremental', number: 3 });
-  t.deepEqual(judge(MONDAY, { ...disk, number: 3 }), { kind: 'incremental', number: 3 });
   t.like(judge(MONDAY, { ...disk, name: 'renamed' }), { kind: 'incremental' });
   for (const other of [
     { ...disk, generation: OTHER },
     { ...disk, sizeBytes: 2 ** 41 },
     { ...disk, number: 2 },
+    { ...disk, number: 3 },
     { ...disk, name: 'sdb', generation: OTHER },
   ]) {
     t.is(judge(MONDAY, other).kind, 'full');
   }
+});
+
+test('a disk that was set back never takes a reused number for the old checkpoint', async (t) => {
+  const store = new CheckpointStore(await installation(t));
+  await store.prepare();
+  const sdb = { name: 'sdb', sizeBytes: 2 ** 30, generation: OTHER, number: 7 };
+  const before = { ...MONDAY, disks: [...MONDAY.disks, sdb] };
+  await store.write(before);
+  const sda = { name: 'sda', sizeBytes: 2 ** 40, generation: GENERATION };
+  const next = { ...sdb, number: 8 };
+  t.deepEqual(await store.settle([before], [{ ...sda, number: 4 }, next]), []);
+  t.like(judge(before, { ...sda, number: 4 }), { kind: 'incremental' });
+  // Its next snapshot would have the number of monday.
+  t.deepEqual(await store.settle([before], [{ ...sda, number: 3 }, next]), ['monday']);
+  const after = await store.read('monday');
+  t.is(after.id, MONDAY.id);
+  for (const number of [3, 4, 100]) {
+    const verdict = judge(after, { ...sda, number });
+    t.true(verdict.kind === 'full' && /set back/.test(verdict.why), `${number}`);
+  }
+  t.like(judge(after, next), { kind: 'incremental' });
+  t.deepEqual(await store.settle([after], [{ ...sda, number: 3 }, next]), []);
 });
 
 test('a checkpoint is kept, listed oldest first, and deleted', async (t) => {

@@ -147,6 +147,7 @@ test('checkpoints are listed, shown and deleted', async (t) => {
   await store.prepare();
   await store.write({
     name: 'monday',
+    id: undefined,
     description: 'before the upgrade',
     parent: undefined,
     creationTime: 1_767_225_600,

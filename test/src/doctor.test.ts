@@ -439,9 +439,13 @@ test('histories that a reboot would end, and an initramfs that comes too late', 
     resized: false,
     gone: false,
   });
-  const about = async (root: string, ...devices: DeviceReport[]): Promise<readonly string[]> => {
+  const about = async (
+    root: string,
+    devices: readonly DeviceReport[],
+    settings = '<history/>',
+  ): Promise<readonly string[]> => {
     const tracked = () => Promise.resolve(devices);
-    const findings = await examine(parse(''), { root, choose, tracked });
+    const findings = await examine(parse(settings), { root, choose, tracked });
     return findings
       .filter(({ check }) => /^histor|^initramfs/.test(check))
       .map(({ check, verdict }) => `${check}: ${verdict}`);
@@ -449,16 +453,19 @@ test('histories that a reboot would end, and an initramfs that comes too late', 
   const hook = { 'usr/share/initramfs-tools/hooks/stillblock': '' };
   const plan = { 'var/lib/stillblock/boot-plan': 'place x\n' };
   const bare = await machine(t);
-  t.deepEqual(await about(bare), []);
-  t.deepEqual(await about(bare, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
-  t.deepEqual(await about(bare, device('sda', 'CONTAINER')), ['history of sda: warn']);
+  t.deepEqual(await about(bare, []), []);
+  t.deepEqual(await about(bare, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
+  t.deepEqual(await about(bare, [device('sda', 'CONTAINER')]), ['history of sda: warn']);
+  const two = [device('sda', 'CONTAINER'), device('sdb', 'CONTAINER')];
+  t.deepEqual(await about(bare, two), ['history of sda, sdb: warn']);
+  t.deepEqual(await about(bare, two, '<history keep="no"/>'), ['histories: ok']);
   const hooked = await machine(t, { ...hook });
-  t.deepEqual(await about(hooked, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
+  t.deepEqual(await about(hooked, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
   const image = `boot/initrd.img-${RELEASE}`;
   const planned = await machine(t, { ...hook, ...plan, [image]: '' });
   const late = new Date(Date.now() + 60_000);
   await utimes(join(planned, image), late, late);
-  t.deepEqual(await about(planned, device('sda', 'OK')), ['histories: ok', 'initramfs: ok']);
+  t.deepEqual(await about(planned, [device('sda', 'OK')]), ['histories: ok', 'initramfs: ok']);
   await utimes(join(planned, image), new Date(0), new Date(0));
-  t.deepEqual(await about(planned, device('sda', 'OK')), ['histories: ok', 'initramfs: warn']);
+  t.deepEqual(await about(planned, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
 });

@@ -27,6 +27,7 @@ test('why a full copy is needed is said', (t) => {
   const disk = { name: 'sda', sizeBytes: 1, generation: 'a', number: 1 };
   const checkpoint = {
     name: 'monday',
+    id: undefined,
     description: '',
     parent: undefined,
     creationTime: 0,
