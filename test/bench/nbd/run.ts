@@ -169,6 +169,16 @@ function machine(): Record<string, string> {
   };
 }
 
+/** Rows that were not measured this time stay as they are in the documentation. */
+async function withOlderRows(report: Report): Promise<Report> {
+  const old: Report = JSON.parse(await readFile(join(DOCS, 'benchmarks-nbd.json'), 'utf8'));
+  return {
+    ...report,
+    medians: { ...old.medians, ...report.medians },
+    values: { ...old.values, ...report.values },
+  };
+}
+
 async function intoDocs(report: Report): Promise<void> {
   await writeFile(join(DOCS, 'benchmarks-nbd.json'), `${JSON.stringify(report, null, 1)}\n`);
   await writeFile(join(DOCS, 'benchmarks-nbd.svg'), svg(report));
@@ -250,5 +260,5 @@ if (values.output !== undefined) {
   await writeFile(`${values.output}.svg`, svg(report));
 }
 if (values.docs) {
-  await intoDocs(report);
+  await intoDocs(values.only === '' ? report : await withOlderRows(report));
 }
