@@ -31,6 +31,8 @@ packages=(
     gnutls-bin openssl
     # socket activation by its own tool
     systemd
+    # machines: who converts them, and what they are made of
+    virt-v2v dosfstools ovmf
     # Debian packages of our own, and what judges them
     debhelper dh-dkms dpkg-dev lintian
     # databases that hooks make ready, what reads manual pages, another shell

@@ -38,6 +38,12 @@ pullTest('each disk is the default export of a port of localhost, until it is en
   t.regex(domain, /<name>web1<\/name>/);
   t.regex(domain, /<os firmware="efi">/);
   t.regex(domain, /<mac address="52:54:00:00:00:01"\/>/);
+  const source = await run('virt-v2v', ['-i', 'libvirtxml', xml, '--print-source']);
+  t.regex(source, /source name: web1\n *hypervisor type: physical\n/);
+  t.regex(source, /nr vCPUs: 2\n/);
+  t.regex(source, /firmware: uefi\n/);
+  t.regex(source, /^disks:\n\t0\n\t1\n/m);
+  t.regex(source, /mac: 52:54:00:00:00:01/);
   const ports = [...domain.matchAll(/host name="localhost" port="(\d+)"/g)].map(([, port]) => port);
   t.deepEqual(
     ports,
