@@ -24,6 +24,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/bio.h>
+#include <linux/bitmap.h>
 #include <linux/completion.h>
 #include <linux/delay.h>
 #include <linux/file.h>
@@ -154,6 +155,7 @@ enum persist_way {
  * @records: all records, as they are on the device; what is worthless there may
  *	be empty here
  * @nr_damaged: records that could not be believed when it was set
+ * @damaged: which these are, as long as nobody holds the place fast
  * @io: for the place
  * @origin_io: for reads of tracked devices
  */
@@ -175,6 +177,7 @@ struct persist_place {
 	bool maps_written;
 	struct stb_record *records;
 	u32 nr_damaged;
+	DECLARE_BITMAP(damaged, STB_PLACE_RECORDS);
 	struct persist_io *io;
 	struct persist_io *origin_io;
 };
@@ -407,6 +410,22 @@ static bool record_lives(u32 index)
 	return false;
 }
 
+/*
+ * Is the record's page still ours? Nobody keeps the blocks of a place that is not
+ * held fast from being another file's.
+ */
+static int record_verify(u32 index)
+{
+	int ret;
+
+	if (place.exclusive || place.file)
+		return 0;
+	ret = place_rw(record_page(index), 0, 1, REQ_OP_READ, PERSIST_PAST);
+	if (ret)
+		return ret;
+	return record_right(io_page(place.io, 0), index) ? 0 : -ESTALE;
+}
+
 static int record_write(u32 index, enum stb_record_state state, blk_opf_t flags,
 			enum persist_way way)
 {
@@ -416,6 +435,11 @@ static int record_write(u32 index, enum stb_record_state state, blk_opf_t flags,
 
 	if (place.error || !place.io)
 		return -EIO;
+	ret = record_verify(index);
+	if (ret) {
+		place_fail(ret);
+		return ret;
+	}
 	r->state = cpu_to_le32(state);
 	r->index = cpu_to_le32(index);
 	memcpy(r->place, place.uuid, sizeof(r->place));
@@ -477,7 +501,8 @@ static int record_alloc(int index, u64 nr)
 	for (round = 0; round < 2 && !first; round++) {
 		for (i = 0; i < STB_PLACE_RECORDS; i++) {
 			r = &place.records[i];
-			if ((int)i == index || record_lives(i))
+			if ((int)i == index || record_lives(i) ||
+			    test_bit(i, place.damaged))
 				continue;
 			/*
 			 * Of a device that is not there, and was not kept. On the
@@ -1322,11 +1347,13 @@ static int place_pin(int fd)
 	if (IS_ERR(held))
 		return PTR_ERR(held);
 	ret = stb_file_pin(held);
-	if (ret)
+	if (ret) {
 		fput(held);
-	else
-		place.file = held;
-	return ret;
+		return ret;
+	}
+	place.file = held;
+	bitmap_zero(place.damaged, STB_PLACE_RECORDS);
+	return 0;
 }
 
 static void place_add_piece(struct stb_range r)
@@ -1415,6 +1442,8 @@ static u32 place_read_records(void)
 			continue;
 		memset(r, 0, sizeof(*r));
 		place.nr_damaged++;
+		if (!place.exclusive && !place.file)
+			set_bit(i, place.damaged);
 	}
 	return 0;
 }
