@@ -1,0 +1,15 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# The tests of test/machines, after scripts/setup.sh: whole Debians. The last line is
+# `N passed, N failed`. Arguments go to ava.
+. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/ava.sh"
+cd "$checkout"
+
+scripts/machine.sh bookworm
+forget_removed
+results=$(mktemp)
+trap 'rm -f "$results"' EXIT
+count_ava "$results" --config ava.machines.config.mjs "$@"
+echo "$ava_passed passed, $ava_failed failed"
+[ "$ava_failed" = 0 ]
