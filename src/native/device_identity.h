@@ -10,15 +10,18 @@
 #include <string.h>
 
 #include <fstream>
-#include <iterator>
 #include <string>
 
 namespace device_identity {
 
-// All of a small file of sysfs or procfs without the space around it; empty if it is not there.
+// All of a small file of sysfs or procfs without the space around it; empty if it is not there,
+// or cannot be read, as the wwid of a SCSI disk that has none.
 inline std::string ReadAttribute(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::string text;
+  // An istreambuf_iterator would throw at a read that fails.
+  std::getline(file, text, '\0');
+  if (file.bad()) return {};
   size_t first = text.find_first_not_of(" \t\n");
   if (first == std::string::npos) return {};
   return text.substr(first, text.find_last_not_of(" \t\n") - first + 1);
