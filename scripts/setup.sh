@@ -81,6 +81,13 @@ npm_packages() {
     rm -f "$log"
 }
 
+# What needs root is made once.
+boot_tree() {
+    local root=()
+    [ "$(id -u)" = 0 ] || ! sudo -n true 2>/dev/null || root=(sudo "STILLBLOCK_CACHE=$cache")
+    "${root[@]}" "$checkout/scripts/boot-tree.sh"
+}
+
 # The sources' newest time against the addon's says whether to ask CMake at all.
 addon() {
     local output=build/native log
@@ -110,6 +117,7 @@ npm_packages
 [ $# -gt 0 ] || set -- 6.1
 "$checkout/scripts/kernels.sh" "$@"
 "$checkout/scripts/clients.sh"
+boot_tree
 for kernel; do "$checkout/scripts/build-module.sh" "$kernel"; done
 addon
 typescript

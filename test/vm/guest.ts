@@ -39,6 +39,8 @@ export interface GuestDisk {
   readonly bus?: BusName;
   /** A raw file of the caller's; without it a sparse file that ends with the guest. */
   readonly file?: string;
+  /** Where QEMU writes down each write of this boot, data included; see write-log.ts. */
+  readonly writeLog?: string;
 }
 
 export interface GuestOptions {
@@ -63,6 +65,13 @@ export interface GuestOptions {
   readonly forwardPorts?: readonly number[];
   readonly extraArgs?: readonly string[];
   readonly appendCmdline?: string;
+  /**
+   * An initramfs of the caller's: the guest's root is not the host's then, but what the command
+   * line says. Its agent is to say that it is ready, as agent.py does.
+   */
+  readonly initrd?: string;
+  /** QEMU is killed so long after its start, wherever its guest is then. */
+  readonly killAfterMs?: number;
 }
 
 export interface RunOptions {
@@ -74,7 +83,7 @@ export interface RunOptions {
 
 type Accelerator = 'kvm' | 'tcg';
 
-const agentPort = 1009;
+export const agentPort = 1009;
 const agentReady = 'stillblock-agent: ready';
 /** Real virtualisation reaches the agent in three seconds; nested kinds may hang for ever. */
 const kvmBootLimitMs = 8_000;
@@ -206,6 +215,21 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
   }
 }
 
+/** A guest that did not do what it should. */
+export class GuestFailure extends Error {
+  readonly #console: string;
+
+  constructor(message: string, console: string) {
+    super(message);
+    this.#console = console;
+  }
+
+  /** All of the console's text, of which the message has the end. */
+  get console(): string {
+    return this.#console;
+  }
+}
+
 export class Guest {
   readonly kernel: KernelName;
   readonly accelerator: Accelerator;
@@ -243,6 +267,10 @@ export class Guest {
     this.#qemu.stderr?.setEncoding('utf8').on('data', (text: string) => {
       this.#qemuErrors += text;
     });
+    if (options.killAfterMs !== undefined) {
+      const timer = setTimeout(() => this.#qemu.kill('SIGKILL'), options.killAfterMs);
+      this.#qemu.once('close', () => clearTimeout(timer));
+    }
     this.#qmp = new Qmp(this.#qemu.stdio[3] as Duplex);
     this.#ended = new Promise((resolve) => {
       const end = (): void => {
@@ -284,9 +312,11 @@ export class Guest {
 
   #arguments(options: GuestOptions): string[] {
     const kernel = stockKernel(options.kernel);
-    const initrd = join(this.#folder, 'initrd');
-    const path = `${dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`;
-    writeFileSync(initrd, buildInitrd(kernel, agentPort, path));
+    const initrd = options.initrd ?? join(this.#folder, 'initrd');
+    if (options.initrd === undefined) {
+      const path = `${dirname(process.execPath)}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`;
+      writeFileSync(initrd, buildInitrd(kernel, agentPort, path));
+    }
     const forwards = [agentPort, ...(options.forwardPorts ?? [])]
       .map((port) => `,hostfwd=tcp:127.0.0.1:0-:${port}`)
       .join('');
@@ -332,7 +362,7 @@ export class Guest {
     ];
   }
 
-  #diskArguments({ name, sizeBytes, bus = 'virtio-blk', file }: GuestDisk): string[] {
+  #diskArguments({ name, sizeBytes, bus = 'virtio-blk', file, writeLog }: GuestDisk): string[] {
     const path = file ?? join(this.#folder, name);
     if (file === undefined) {
       const descriptor = openSync(path, 'wx', 0o600);
@@ -341,10 +371,17 @@ export class Guest {
     } else if (statSync(file).size !== sizeBytes) {
       throw new Error(`${file} has not the ${sizeBytes} bytes of disk ${name}`);
     }
-    const node = {
-      ...{ 'node-name': name, driver: 'raw', discard: 'unmap', cache: { 'no-flush': true } },
+    const raw = {
+      ...{ driver: 'raw', discard: 'unmap', cache: { 'no-flush': true } },
       file: { driver: 'file', filename: path },
     };
+    const node =
+      writeLog === undefined
+        ? { 'node-name': name, ...raw }
+        : {
+            ...{ 'node-name': name, driver: 'blklogwrites', discard: 'unmap', file: raw },
+            log: { driver: 'file', filename: writeLog },
+          };
     return [
       ...['-blockdev', JSON.stringify(node)],
       ...['-device', JSON.stringify(diskDevice(name, bus))],
@@ -391,7 +428,13 @@ export class Guest {
 
   #failure(what: string): Error {
     const tail = this.#console.split('\n').slice(-60).join('\n');
-    return new Error(`guest ${this.kernel} ${what}\n${this.#qemuErrors}${tail}`);
+    const message = `guest ${this.kernel} ${what}\n${this.#qemuErrors}${tail}`;
+    return new GuestFailure(message, this.#console);
+  }
+
+  /** Settles when QEMU has ended, by itself or not. */
+  get ended(): Promise<void> {
+    return this.#ended;
   }
 
   /** The console's text so far. */
@@ -534,12 +577,16 @@ export class Guest {
    * Powers the guest off and checks its console; under the debug kernel it looks for
    * leaks before.
    * @param allowed as for assertCleanConsole.
+   * @param command that ends it. Whatever still runs would write to devices that power off
+   *   under it.
    */
-  async shutdown(allowed: readonly RegExp[] = []): Promise<void> {
+  async shutdown(
+    allowed: readonly RegExp[] = [],
+    command = 'kill -KILL -1; sync; echo o >/proc/sysrq-trigger',
+  ): Promise<void> {
     if (!this.#alive) throw this.#failure('had ended before its shutdown');
     await this.assertNoLeaks();
-    // Whatever still runs would write to devices that power off under it.
-    this.start('kill -KILL -1; sync; echo o >/proc/sysrq-trigger');
+    this.start(command);
     const timer = new AbortController();
     const late = delay(shutdownLimitMs, 'late' as const, { signal: timer.signal }).catch(
       () => 'late' as const,

@@ -44,7 +44,7 @@ const moduleName = (path: string): string =>
     .replaceAll('-', '_');
 
 /** The files of the modules and of all they depend on, in the order to load them. */
-function moduleClosure(folder: string, names: readonly string[]): string[] {
+export function moduleClosure(folder: string, names: readonly string[]): string[] {
   const lines = readFileSync(join(folder, 'modules.dep'), 'utf8').trim().split('\n');
   const dependencies = new Map(
     lines.map((line) => {
