@@ -345,6 +345,8 @@ export class Booted {
   }
 
   async boot(options: BootOptions = {}): Promise<Boot> {
+    // Of a proof that failed.
+    await this.#boot?.guest.kill();
     const disks = (Object.keys(sizes) as DiskName[]).map(
       (name): GuestDisk => ({
         ...{ name, sizeBytes: sizes[name] * MiB, file: this.file(name) },

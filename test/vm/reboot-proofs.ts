@@ -317,7 +317,7 @@ export async function hangingPlace(t: ExecutionContext, world: Booted): Promise<
     await boot.settle();
     await boot.module.require('place drop');
     await boot.guest.run(
-      'modprobe dm_mod; dmsetup create slow --noudevsync --table "0 32768 linear /dev/vde 0"',
+      'modprobe dm_mod; dmsetup create slow --table "0 32768 linear /dev/vde 0"; udevadm settle',
     );
     await boot.module.require('place device:/dev/mapper/slow format');
     const seen = await boot.seen();
