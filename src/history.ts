@@ -4,7 +4,7 @@
  * writes when the machine goes down, and the plan by which an initramfs and udev find
  * both it and the devices to track before anything is mounted.
  */
-import { mkdir, open, readFile, stat } from 'node:fs/promises';
+import { mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Logger } from 'pino';
 import {
@@ -177,6 +177,8 @@ export async function keepHistories(
 ): Promise<PlaceState> {
   const now = await control.place();
   if (!setting.history.keep) {
+    // The rule of udev would set the place again.
+    await rm(planOf(setting), { force: true });
     return now.set ? control.dropPlace() : now;
   }
   const path = placeOf(setting);

@@ -5,19 +5,7 @@
 import test, { type ExecutionContext } from 'ava';
 import { Booted } from '../vm/booted.ts';
 import { testKernel } from '../vm/checkout.ts';
-import {
-  badPlaces,
-  begin,
-  cleanReboots,
-  dracutBoot,
-  foreignWrite,
-  fullPlace,
-  hangingPlace,
-  kills,
-  lateDisk,
-  movedDisk,
-  systemdReboot,
-} from '../vm/reboot-proofs.ts';
+import { begin, cleanReboots, foreignWrite, kills } from '../vm/reboot-proofs.ts';
 
 const limitMs = 120 * 60_000;
 const firstSeed = Number(process.env['STILLBLOCK_TEST_SEED'] ?? 1);
@@ -37,13 +25,6 @@ const proofs: Readonly<Record<string, (t: ExecutionContext, world: Booted) => Pr
   'a first boot': begin,
   'another system writes a block': foreignWrite,
   'power cuts, the first five': (t, at) => kills(t, at, seeds(0, 5)),
-  'the place hangs or fails at the end': hangingPlace,
-  'a disk that comes late': lateDisk,
-  systemd: systemdReboot,
-  dracut: dracutBoot,
-  'a place that is not right': badPlaces,
-  'a place that is full': fullPlace,
-  'a disk that was in another machine': movedDisk,
   'ten clean reboots': (t, at) => cleanReboots(t, at, 10),
   'power cuts, fifteen more': (t, at) => kills(t, at, seeds(5, 15)),
 };

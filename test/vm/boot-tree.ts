@@ -164,24 +164,6 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   }
 
   /**
-   * An initramfs by dracut, with our module of it as it is installed.
-   *
-   * @param plan as for `makeInitrd`
-   * @returns what lsinitrd says is in it
-   */
-  async makeDracut(file: string, plan: string): Promise<string> {
-    this.write('var/lib/stillblock/boot-plan', plan);
-    const image = '/boot/dracut.img';
-    const drivers = early.join(' ');
-    await this.#run(
-      ...(['dracut', '--force', '--no-hostonly', '--gzip', '--kver', this.#release] as const),
-      ...(['--force-drivers', drivers, '--omit', 'plymouth', image] as const),
-    );
-    copyFileSync(this.path(image), file);
-    return this.#run('lsinitrd', image);
-  }
-
-  /**
    * An initramfs by update-initramfs, with our hook as it is installed.
    *
    * @param plan what the daemon has written as boot plan; undefined before it has

@@ -17,14 +17,13 @@ export const tracked = ['root', 'data'] as const;
 export type TrackedName = (typeof tracked)[number];
 export type Each<T> = Readonly<Record<TrackedName, T>>;
 
-export const sizes = { root: 512, data: 320, copyroot: 512, copydata: 320, spare: 16 } as const;
+export const sizes = { root: 512, data: 320, copyroot: 512, copydata: 320 } as const;
 type DiskName = keyof typeof sizes;
 export const nodes: Readonly<Record<DiskName, string>> = {
   root: '/dev/vda',
   data: '/dev/vdb',
   copyroot: '/dev/vdc',
   copydata: '/dev/vdd',
-  spare: '/dev/vde',
 };
 const mounts: Each<string> = { root: '/', data: '/srv/data' };
 const blockBytes = 65_536;
@@ -78,8 +77,6 @@ export interface BootOptions {
   readonly systemd?: boolean;
   /** Without the module: an initramfs that has nothing of ours. */
   readonly foreign?: boolean;
-  /** By an initramfs with another plan; see `makeInitrd`. */
-  readonly initrd?: string;
   readonly killAfterMs?: number;
 }
 
@@ -221,8 +218,6 @@ export class Booted {
   readonly #ioctls: string;
   readonly #initrd: string;
   #foreignInitrd = '';
-  #plan = '';
-  #tree: BootTree | undefined;
   readonly #points = new Map<TrackedName, Point>();
   /** Writes of boots that have ended, since the last point. */
   #ended: LogPart[] = [];
@@ -262,12 +257,11 @@ export class Booted {
 
   async #prepare(): Promise<void> {
     const tree = await BootTree.make(this.file('tree'), this.kernel);
-    this.#tree = tree;
     tree.write('etc/stillblock/stillblock.xml', settings);
     this.#foreignInitrd = this.file('initrd-foreign');
     await tree.makeInitrd(this.#foreignInitrd, undefined);
     await tree.makeDisk(this.file('root'), sizes.root * MiB);
-    for (const name of ['data', 'copyroot', 'copydata', 'spare'] as const) {
+    for (const name of ['data', 'copyroot', 'copydata'] as const) {
       const file = openSync(this.file(name), 'wx', 0o600);
       ftruncateSync(file, sizes[name] * MiB);
       closeSync(file);
@@ -284,21 +278,9 @@ export class Booted {
       kill $daemon; wait $daemon || true
       cat /var/lib/stillblock/boot-plan`,
     );
-    this.#plan = plan;
     await tree.makeInitrd(this.#initrd, plan);
+    await runTool('rm', ['-rf', this.file('tree')]);
     await first.reboot();
-  }
-
-  /** What the daemon has written as plan. */
-  get plan(): string {
-    return this.#plan;
-  }
-
-  /** @returns the file of an initramfs by dracut, and what is in it */
-  async makeDracut(): Promise<{ readonly initrd: string; readonly content: string }> {
-    const initrd = this.file('dracut');
-    const content = await this.#tree?.makeDracut(initrd, this.#plan);
-    return { initrd, content: content ?? '' };
   }
 
   /** How long the last boot took to its agent's first word, milliseconds. */
@@ -326,24 +308,6 @@ export class Booted {
     };
   }
 
-  /** Where a page of the place is in the file of the root disk, by the plan. */
-  placeOffset(page: number): number {
-    let left = page * 4096;
-    const [, ...extents] = (this.#plan.split('\n')[0] ?? '').split(' ').slice(1);
-    for (const extent of extents) {
-      const [offset = 0, length = 0] = extent.split(':').map(Number);
-      if (left < length) return offset + left;
-      left -= length;
-    }
-    throw new Error(`the place has no page ${page}: ${this.#plan}`);
-  }
-
-  /** @returns the file of an initramfs with this plan */
-  async makeInitrd(name: string, plan: string): Promise<string> {
-    await this.#tree?.makeInitrd(this.file(name), plan);
-    return this.file(name);
-  }
-
   async boot(options: BootOptions = {}): Promise<Boot> {
     // Of a proof that failed.
     await this.#boot?.guest.kill();
@@ -357,7 +321,7 @@ export class Booted {
     const started = performance.now();
     const guest = await bootGuest({
       kernel: this.kernel,
-      initrd: options.foreign === true ? this.#foreignInitrd : (options.initrd ?? this.#initrd),
+      initrd: options.foreign === true ? this.#foreignInitrd : this.#initrd,
       // The console tells what the module does.
       appendCmdline: `loglevel=7 ${options.systemd === true ? rootCmdline : initCmdline}`,
       disks,
