@@ -13,7 +13,7 @@ test('by the hook: a clean reboot, a power cut', async (t) => {
   try {
     await begin(t, world);
     await cleanReboots(t, world, 1);
-    await kills(t, world, [6]);
+    await kills(t, world, [4]);
   } finally {
     await world.remove();
   }
