@@ -5,6 +5,7 @@
 
 import { join } from 'node:path';
 import test from 'ava';
+import type { MachineLayout } from '../../src/layout.ts';
 import { checkout } from './checkout.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
@@ -184,6 +185,30 @@ test.serial('targets in use are refused, each for its reason', async (t) => {
     t.is(codeOf(refused), code, refused.stderr);
     t.notRegex(refused.stderr, /^written$/m);
   }
+});
+
+test.serial('what udev would know is found without it: volume groups, LUKS, labels', async (t) => {
+  const { target = '' } = node;
+  await guest.run(
+    `set -e
+    wipefs -aq ${target}; udevadm control --ping 2>/dev/null && exit 1
+    printf 'label: gpt\\n,16M\\n,32M\\n' | sfdisk -q ${target}
+    vgcreate -q vg ${target}1; lvcreate -q -y -Wn -L 8M -n lv vg; mkfs.ext4 -q -L 'a b' /dev/vg/lv
+    echo key | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 ${target}2 -`,
+    { timeoutMs: limitMs },
+  );
+  const { events } = await sh(`${cli} layout --json ${target}`);
+  const layout = events[0] as unknown as MachineLayout;
+  t.deepEqual(layout.problems, []);
+  t.like(layout.volumeGroups[0], { name: 'vg', physicalVolumes: [`${target}1`] });
+  t.regex(layout.volumeGroups[0]?.backup ?? '', /^vg \{$/m);
+  t.like(layout.luks[0], { name: `${target.slice(5)}2`, version: 2, keySlots: 1 });
+  t.like(
+    layout.devices.find(({ type }) => type === 'lvm'),
+    { content: 'ext4', label: 'a b' },
+  );
+  t.true(layout.partitionTables[0]?.partitions.every(({ uuid }) => uuid !== null));
+  await guest.run('vgremove -q -f -y vg');
 });
 
 test.serial('a disk is written back with its partitions, and mounts', async (t) => {
