@@ -229,6 +229,15 @@ Served Simulate(uint32_t depth, bool gathers) {
 
 // Naps spare receives, and never a client's time.
 void TestGather() {
+  // A trial whose outcome nobody has told stays due.
+  engine::Gather untold;
+  int64_t now = 0;
+  for (int64_t nap_ns = 0; nap_ns != engine::Gather::kNapNs; now += 1000) {
+    nap_ns = untold.NapNs(now);
+    untold.OnBurst(nap_ns == 0 ? 1 : 64, now);
+  }
+  while (untold.NapNs(now) != engine::Gather::kTrialNs) untold.OnBurst(64, now);
+  harness::Require(untold.NapNs(now) == engine::Gather::kTrialNs, "the trial is made again");
   for (uint32_t depth : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128}) {
     const Served plain = Simulate(depth, false);
     const Served napping = Simulate(depth, true);

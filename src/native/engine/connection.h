@@ -92,12 +92,11 @@ class Connection {
   int64_t last_request_ns() const { return last_request_ns_; }
   // Whether the client asks one request at a time, and has its reply: the next one will come right
   // behind that.
-  bool waits_for_one() const {
-    return singles_ >= kSingles && in_flight_ == 0 && out_.empty();
-  }
-
-  // Whether all that has come is answered.
-  bool waits() const { return in_flight_ == 0 && out_.empty() && state_ == State::kOpen; }
+  bool waits_for_one() const { return singles_ >= kSingles && has_answered_all(); }
+  // Whether all that has come is answered, and more may come.
+  bool waits() const { return has_answered_all() && state_ == State::kOpen; }
+  // Whether epoll has told of something that was not received yet.
+  bool readable() const { return readable_; }
   Gather& gather() { return gather_; }
 
   // Receives, whatever epoll has said. Returns whether there was anything.
@@ -132,6 +131,8 @@ class Connection {
   enum class State : uint8_t { kOpen, kDraining, kEnding, kClosed };
   enum class Step : uint8_t { kDone, kAgain, kBlocked, kAway };
   enum class Filled : uint8_t { kSent, kFailed, kAway };
+
+  bool has_answered_all() const { return in_flight_ == 0 && out_.empty(); }
 
   // Something to be sent.
   struct Piece {

@@ -20,10 +20,10 @@ class Gather {
   static constexpr int64_t kTrialNs = 8 * kNapNs;
 
   // How long to sleep now, in nanoseconds; 0: not at all. To be asked when everything that has
-  // come is answered, and followed by OnBurst().
+  // come is answered, and followed by OnBurst(); a trial that is not is made again.
   int64_t NapNs(int64_t now_ns) {
     if (napping_) {
-      trial_ = --naps_to_trial_ == 0;
+      trial_ = --naps_to_trial_ <= 0;
       return trial_ ? kTrialNs : kNapNs;
     }
     if (requests_ < next_trial_) return 0;

@@ -185,9 +185,10 @@ bool Worker::LetGather() {
   if (nap_ns == 0) return false;
   const struct timespec nap = {0, nap_ns};
   (void)clock_nanosleep(CLOCK_MONOTONIC, 0, &nap, nullptr);
-  if (Look(0)) return true;
-  last->gather().OnBurst(0, looked_ns_);
-  return false;
+  const bool found = Look(0);
+  // Or others would wait for naps that bring nothing.
+  if (!last->readable()) last->gather().OnBurst(0, looked_ns_);
+  return found;
 }
 
 // Waits until there is something to do.
