@@ -1054,6 +1054,21 @@ void stb_persist_forget(struct stb_tracker *t)
 	t->record = -1;
 }
 
+/* As stb_persist_kept(), with @anew whatever was found out a moment ago. */
+static u32 kept_now(struct stb_tracker *t, bool anew)
+{
+	if (t->record < 0)
+		return t->kept ?: place.refusal;
+	if (place.error)
+		return place.error;
+	if (!place.exclusive && !place.file)
+		return STILLBLOCK_HISTORY_PLACE_LOOSE;
+	if (t->kept && !place.sealed &&
+	    (anew || time_after(jiffies, t->kept_tried + STB_KEPT_RETRY)))
+		kept_try(t);
+	return t->kept;
+}
+
 /**
  * stb_persist_kept() - why will a history not be kept over a reboot?
  * @t: tracker
@@ -1063,16 +1078,7 @@ void stb_persist_forget(struct stb_tracker *t)
  */
 u32 stb_persist_kept(struct stb_tracker *t)
 {
-	if (t->record < 0)
-		return t->kept ?: place.refusal;
-	if (place.error)
-		return place.error;
-	if (!place.exclusive && !place.file)
-		return STILLBLOCK_HISTORY_PLACE_LOOSE;
-	if (t->kept && !place.sealed &&
-	    time_after(jiffies, t->kept_tried + STB_KEPT_RETRY))
-		kept_try(t);
-	return t->kept;
+	return kept_now(t, false);
 }
 
 /**
@@ -1207,8 +1213,7 @@ static void persist_seal(void)
 	for (id = 0; (t = stb_tracker_next(id)); id = t->id) {
 		if (t->snapshot)
 			stb_snapshot_abandon(t->snapshot);
-		t->kept_tried = jiffies - STB_KEPT_RETRY - 1;
-		t->kept = stb_persist_kept(t);
+		t->kept = kept_now(t, true);
 	}
 	/*
 	 * All at once, stacked or not. A write that has been passed is marked;
