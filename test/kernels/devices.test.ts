@@ -9,9 +9,10 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
-import { buildTool, Conversation, MiB, pace, testKernel } from './world.ts';
+import { buildTool, Conversation, MiB, pace } from './world.ts';
 
 const kernel = testKernel();
 /** What a writer writes to, from the start of its device. */

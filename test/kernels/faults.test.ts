@@ -14,6 +14,7 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
 import {
@@ -26,7 +27,6 @@ import {
   pace,
   reasonName,
   refusalIn,
-  testKernel,
   withProduct,
 } from './world.ts';
 

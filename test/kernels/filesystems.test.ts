@@ -6,8 +6,9 @@
 
 import process from 'node:process';
 import test from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import { askLimitMs, buildTool, Conversation, MiB, testKernel } from './world.ts';
+import { askLimitMs, buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
 const kinds = ['ext4', 'xfs'] as const;

@@ -6,17 +6,9 @@
 
 import process from 'node:process';
 import test, { type ExecutionContext } from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import {
-  askLimitMs,
-  buildTool,
-  Conversation,
-  MiB,
-  pace,
-  reasonName,
-  refusalIn,
-  testKernel,
-} from './world.ts';
+import { askLimitMs, buildTool, Conversation, MiB, pace, reasonName, refusalIn } from './world.ts';
 
 const kernel = testKernel();
 if (kernel !== 'debug') throw new Error('STILLBLOCK_TEST_KERNEL=debug is the one that can do it');

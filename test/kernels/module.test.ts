@@ -4,9 +4,8 @@
 
 import { join } from 'node:path';
 import test from 'ava';
-import { checkout } from '../vm/checkout.ts';
+import { checkout, testKernel } from '../vm/checkout.ts';
 import { runTool } from '../vm/host.ts';
-import { testKernel } from './world.ts';
 
 const kernel = testKernel();
 const limitMs = 15 * 60_000;

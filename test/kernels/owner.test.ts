@@ -4,6 +4,7 @@
 // of any of it.
 
 import test, { type ExecutionContext } from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
@@ -16,7 +17,6 @@ import {
   MiB,
   pace,
   refusalIn,
-  testKernel,
   withProduct,
 } from './world.ts';
 

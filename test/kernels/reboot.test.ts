@@ -6,7 +6,6 @@
 import {
   closeSync,
   copyFileSync,
-  ftruncateSync,
   mkdtempSync,
   openSync,
   readSync,
@@ -16,40 +15,17 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import { buildTool, Conversation, MiB, testKernel } from './world.ts';
+import { makeSparseFile } from '../vm/host.ts';
+import { history, type Seen, seenHistories } from './histories.ts';
+import { buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
 const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320 } as const;
 type DiskName = keyof typeof disks;
 const tracked = ['root', 'data'] as const;
 type TrackedName = (typeof tracked)[number];
-
-/** STILLBLOCK_HISTORY_*, and STILLBLOCK_TRACKER_TAKEN_UP. */
-const history = {
-  ok: 0,
-  first: 1,
-  noPlace: 2,
-  placeEmpty: 3,
-  placeDamaged: 4,
-  placeVersion: 5,
-  placeFull: 7,
-  placeLoose: 8,
-  notSaved: 9,
-  damaged: 10,
-  written: 13,
-  changed: 14,
-} as const;
-const takenUp = 8;
-
-interface Seen {
-  readonly id: string;
-  readonly number: number;
-  readonly takenUp: boolean;
-  readonly generation: string;
-  readonly began: number;
-  readonly kept: number;
-}
 
 let folder = '';
 let ioctls = '';
@@ -59,9 +35,7 @@ test.before(async () => {
   ioctls = await buildTool('ioctls');
   folder = mkdtempSync(join(tmpdir(), 'stillblock-reboot-'));
   for (const [name, size] of Object.entries(disks)) {
-    const descriptor = openSync(join(folder, name), 'wx', 0o600);
-    ftruncateSync(descriptor, size * MiB);
-    closeSync(descriptor);
+    makeSparseFile(join(folder, name), size * MiB);
   }
 });
 
@@ -111,19 +85,9 @@ class Machine {
   }
 
   async seen(): Promise<Record<TrackedName, Seen>> {
-    const words = (await this.module.require('list')).map((word) => word.split(':'));
-    const of = (index: number): Seen => {
-      const [id = '', , , number, flags, generation = '', began, kept] = words[index] ?? [];
-      return {
-        id,
-        number: Number(number),
-        takenUp: (Number.parseInt(flags ?? '0', 16) & takenUp) !== 0,
-        generation,
-        began: Number(began),
-        kept: Number(kept),
-      };
-    };
-    return { root: of(0), data: of(1) };
+    const [root, data] = await seenHistories(this.module);
+    if (root === undefined || data === undefined) throw new Error('two devices are not tracked');
+    return { root, data };
   }
 
   async mount(): Promise<void> {

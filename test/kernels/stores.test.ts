@@ -5,6 +5,7 @@
 // takes part (withProduct), by the module's requests on the others.
 
 import test, { type ExecutionContext } from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
 import {
@@ -18,7 +19,6 @@ import {
   pace,
   reasonName,
   refusalIn,
-  testKernel,
   withProduct,
 } from './world.ts';
 

@@ -5,7 +5,7 @@
 import process from 'node:process';
 import test from 'ava';
 import { StressGuest } from '../stress/stress.ts';
-import { testKernel } from './world.ts';
+import { testKernel } from '../vm/checkout.ts';
 
 const seconds = 30;
 /** What an emulated machine does in that time; one that has other work, too, goes on for longer. */

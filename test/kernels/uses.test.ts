@@ -7,11 +7,12 @@ import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
+import { testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
 import { shellQuote } from '../vm/initrd.ts';
-import { askLimitMs, buildTool, Conversation, MiB, testKernel } from './world.ts';
+import { askLimitMs, buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
 const disks = { ext4: 48, xfs: 308, btrfs: 128, parted: 96, raw: 16, store: 420 } as const;

@@ -5,7 +5,7 @@
 import { mkdir, rename, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { nativeConstants } from '../../src/native.ts';
-import { checkout, type KernelName, kernelNames } from '../vm/checkout.ts';
+import { checkout, testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
 import type { Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
@@ -31,14 +31,6 @@ export const askLimitMs = 300_000;
  */
 export function pace(us: number): number {
   return testKernel() === 'debug' ? 8 * us : us;
-}
-
-/** The kernel of this run, from `STILLBLOCK_TEST_KERNEL`; 6.1 without it. */
-export function testKernel(): KernelName {
-  const wanted = process.env['STILLBLOCK_TEST_KERNEL'] ?? '6.1';
-  const kernel = kernelNames.find((name) => name === wanted);
-  if (kernel === undefined) throw new Error(`STILLBLOCK_TEST_KERNEL=${wanted} is no kernel here`);
-  return kernel;
 }
 
 /**

@@ -3,14 +3,15 @@
 // disk (XFS); boot after boot. Its copies of both disks are made from full copies and increments
 // alone, and compared with the disks' images; what has changed is compared with what QEMU wrote.
 
-import { closeSync, ftruncateSync, mkdtempSync, openSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { type Seen, seenHistories } from '../kernels/histories.ts';
 import { buildTool, Conversation, MiB } from '../kernels/world.ts';
 import { BootTree, hostRoot, initCmdline, rootCmdline } from './boot-tree.ts';
 import type { KernelName } from './checkout.ts';
 import { bootGuest, type Guest, type GuestDisk } from './guest.ts';
-import { runTool } from './host.ts';
+import { makeSparseFile, runTool } from './host.ts';
 import { blocksOf, type LoggedWrite, logLength, readWriteLog } from './write-log.ts';
 
 export const tracked = ['root', 'data'] as const;
@@ -28,35 +29,6 @@ export const nodes: Readonly<Record<DiskName, string>> = {
 const mounts: Each<string> = { root: '/', data: '/srv/data' };
 const blockBytes = 65_536;
 export const place = '/var/lib/stillblock/histories';
-
-/** STILLBLOCK_HISTORY_*. */
-export const history = {
-  ok: 0,
-  first: 1,
-  noPlace: 2,
-  placeEmpty: 3,
-  placeDamaged: 4,
-  placeVersion: 5,
-  placeError: 6,
-  placeFull: 7,
-  placeLoose: 8,
-  notSaved: 9,
-  damaged: 10,
-  written: 13,
-  changed: 14,
-} as const;
-/** STILLBLOCK_TRACKER_TAKEN_UP. */
-const takenUpFlag = 8;
-
-/** What the module says of a device. */
-export interface Seen {
-  readonly id: string;
-  readonly number: number;
-  readonly takenUp: boolean;
-  readonly generation: string;
-  readonly began: number;
-  readonly kept: number;
-}
 
 /** A point that the copies are of. */
 export interface Point {
@@ -105,21 +77,13 @@ export class Boot {
   }
 
   async seen(): Promise<Each<Seen>> {
-    const words = (await this.module.require('list')).map((word) => word.split(':'));
-    const of = (minor: string): Seen => {
-      const found = words.find((each) => each[2] === minor);
-      if (found === undefined) throw new Error(`not tracked: minor ${minor} of ${words.join(' ')}`);
-      const [id = '', , , number, flags, generation = '', began, kept] = found;
-      return {
-        id,
-        number: Number(number),
-        takenUp: (Number.parseInt(flags ?? '0', 16) & takenUpFlag) !== 0,
-        generation,
-        began: Number(began),
-        kept: Number(kept),
-      };
+    const all = await seenHistories(this.module);
+    const of = (name: TrackedName, minor: number): Seen => {
+      const found = all.find((each) => each.minor === minor);
+      if (found === undefined) throw new Error(`${name} is not tracked`);
+      return found;
     };
-    return { root: of('0'), data: of('16') };
+    return { root: of('root', 0), data: of('data', 16) };
   }
 
   /** The data disk is mounted, and the file of the histories held fast, as the daemon does it. */
@@ -262,9 +226,7 @@ export class Booted {
     await tree.makeInitrd(this.#foreignInitrd, undefined);
     await tree.makeDisk(this.file('root'), sizes.root * MiB);
     for (const name of ['data', 'copyroot', 'copydata'] as const) {
-      const file = openSync(this.file(name), 'wx', 0o600);
-      ftruncateSync(file, sizes[name] * MiB);
-      closeSync(file);
+      makeSparseFile(this.file(name), sizes[name] * MiB);
     }
     const first = await this.boot({ foreign: true });
     const { stdout: plan } = await first.guest.run(

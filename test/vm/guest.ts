@@ -7,7 +7,6 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import {
   closeSync,
-  ftruncateSync,
   mkdtempSync,
   openSync,
   readFileSync,
@@ -23,6 +22,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { cacheFolder, type KernelName, modulePath, stockKernel } from './checkout.ts';
 import { type CommandResult, GuestCommand } from './command.ts';
 import { findComplaints, findLeaks } from './console.ts';
+import { makeSparseFile } from './host.ts';
 import { buildInitrd, shellQuote } from './initrd.ts';
 import { Qmp } from './qmp.ts';
 
@@ -84,7 +84,7 @@ export interface RunOptions {
 type Accelerator = 'kvm' | 'tcg';
 
 export const agentPort = 1009;
-const agentReady = 'stillblock-agent: ready';
+export const agentReady = 'stillblock-agent: ready';
 /** Real virtualisation reaches the agent in three seconds; nested kinds may hang for ever. */
 const kvmBootLimitMs = 8_000;
 /** An emulated boot takes 10 s alone on its core; other guests may share it. */
@@ -365,9 +365,7 @@ export class Guest {
   #diskArguments({ name, sizeBytes, bus = 'virtio-blk', file, writeLog }: GuestDisk): string[] {
     const path = file ?? join(this.#folder, name);
     if (file === undefined) {
-      const descriptor = openSync(path, 'wx', 0o600);
-      ftruncateSync(descriptor, sizeBytes);
-      closeSync(descriptor);
+      makeSparseFile(path, sizeBytes);
     } else if (statSync(file).size !== sizeBytes) {
       throw new Error(`${file} has not the ${sizeBytes} bytes of disk ${name}`);
     }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stock tools, run on the host.
+// Stock tools and disks' files, on the host.
 
 import { execFile } from 'node:child_process';
+import { closeSync, ftruncateSync, openSync } from 'node:fs';
 
 export interface ToolResult {
   readonly stdout: string;
@@ -52,4 +53,14 @@ export function runTool(
       }
     });
   });
+}
+
+/**
+ * Makes a file of holes, as a disk that nobody has written to.
+ * @throws Error when the file is there already.
+ */
+export function makeSparseFile(path: string, sizeBytes: number): void {
+  const file = openSync(path, 'wx', 0o600);
+  ftruncateSync(file, sizeBytes);
+  closeSync(file);
 }

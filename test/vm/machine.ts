@@ -5,7 +5,7 @@
 // machine does around its boots.
 
 import { type ChildProcess, execFile, spawn } from 'node:child_process';
-import { readFileSync, truncateSync, writeFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -15,7 +15,8 @@ import { promisify } from 'node:util';
 import { cacheFolder } from './checkout.ts';
 import { type CommandResult, GuestCommand } from './command.ts';
 import { findComplaints } from './console.ts';
-import type { RunOptions } from './guest.ts';
+import { agentPort, agentReady, type RunOptions } from './guest.ts';
+import { makeSparseFile } from './host.ts';
 import { Qmp } from './qmp.ts';
 
 /** The machines that scripts/machine.sh makes: Debian 12 with 6.1, Debian 13 with 6.12. */
@@ -50,8 +51,6 @@ export interface MachineOptions {
 }
 
 const execute = promisify(execFile);
-const agentPort = 1009;
-const agentReady = 'stillblock-agent: ready';
 /** A boot takes a minute alone on its core; other guests may share it. */
 const bootLimitMs = 600_000;
 const endLimitMs = 300_000;
@@ -99,8 +98,7 @@ export class Machine {
       }
       for (const { name, sizeBytes, file } of options.disks ?? []) {
         if (file === undefined) {
-          writeFileSync(join(folder, name), '', { flag: 'wx' });
-          truncateSync(join(folder, name), sizeBytes);
+          makeSparseFile(join(folder, name), sizeBytes);
         }
       }
       if (options.firmware === 'uefi') {

@@ -5,7 +5,8 @@
 
 import { setTimeout as delay } from 'node:timers/promises';
 import type { ExecutionContext } from 'ava';
-import { type Boot, type Booted, type Each, history, type Seen, tracked } from './booted.ts';
+import { history, type Seen } from '../kernels/histories.ts';
+import { type Boot, type Booted, type Each, tracked } from './booted.ts';
 import { bootGuest, GuestFailure } from './guest.ts';
 
 /** Beside what was written: the pages of the place that count as written at each boot. */
