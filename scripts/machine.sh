@@ -12,6 +12,7 @@
 # needs root and some minutes, one of them for a boot under QEMU.
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/archive.sh"
+. "$(dirname "$0")/toolchain.sh"
 
 packages=(
     # what a small server has
@@ -43,18 +44,12 @@ recipe() {
 in_tree() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive "$@"; }
 
 bootstrap() {
-    local suite=$1 line uri keyring codename list
-    # shellcheck source=/dev/null
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    line=$(source_for "$suite" "$codename") || die "no Debian archive in /etc/apt/sources.list* to take $suite from"
-    keyring=$(sed -n 's/.*signed-by=\([^] ]*\).*/\1/p' <<<"$line")
-    uri=$(sed 's/^deb \[[^]]*\] \([^ ]*\) .*/\1/' <<<"$line")
+    local suite=$1 list
     # Debian 13 has a Node that is new enough.
     [ "$suite" = bookworm ] || packages+=(nodejs)
     list=$(IFS=,; echo "${packages[*]}")
-    debootstrap --variant=minbase --keyring="$keyring" --include="$list" "$suite" "$tree" "$uri" >"$work/log" 2>&1 ||
-        die "cannot get a Debian $suite: $(tail -n1 "$work/log")"
-    rm -rf "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/* "$tree/etc/machine-id"
+    debian_tree "a Debian $suite" "$suite" "$list" "$tree"
+    rm -rf "$tree"/var/lib/apt/lists/* "$tree/etc/machine-id"
     # Filled at the first boot.
     : >"$tree/etc/machine-id"
 }

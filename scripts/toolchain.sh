@@ -4,24 +4,31 @@
 # archive.sh. They are made by debootstrap, and used by chroot, as root.
 # shellcheck shell=bash
 
-# toolchain NAME SUITE PACKAGES: makes $cache/toolchains/NAME exist, with the
-# packages (a list with commas) of the suite.
-toolchain() {
-    local root=$cache/toolchains/$1 suite=$2 included=$3 line uri keyring codename
-    [ "$(cat "$root/complete" 2>/dev/null)" != "$included" ] || return 0
-    [ "$(id -u)" = 0 ] || die "the toolchain of $suite needs root: run $0 with sudo and the same STILLBLOCK_CACHE"
+# debian_tree WHAT SUITE PACKAGES ROOT: a Debian of a suite with the packages (a list with
+# commas) in the empty folder ROOT. What debootstrap says is in ROOT.log if it fails.
+debian_tree() {
+    local what=$1 suite=$2 included=$3 root=$4 line uri keyring codename
     command -v debootstrap >/dev/null || die 'debootstrap is missing: apt-get install debootstrap'
     # shellcheck source=/dev/null
     codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     line=$(source_for "$suite" "$codename") || die "no Debian archive in /etc/apt/sources.list* to take $suite from"
     keyring=$(sed -n 's/.*signed-by=\([^] ]*\).*/\1/p' <<<"$line")
     uri=$(sed 's/^deb \[[^]]*\] \([^ ]*\) .*/\1/' <<<"$line")
+    debootstrap --variant=minbase --keyring="$keyring" --include="$included" "$suite" "$root" "$uri" >"$root.log" 2>&1 ||
+        die "cannot get $what: $(tail -n1 "$root.log")"
+    rm -rf "$root"/var/cache/apt/archives/*.deb "$root.log"
+}
+
+# toolchain NAME SUITE PACKAGES: makes $cache/toolchains/NAME exist, with the
+# packages (a list with commas) of the suite.
+toolchain() {
+    local root=$cache/toolchains/$1 suite=$2 included=$3
+    [ "$(cat "$root/complete" 2>/dev/null)" != "$included" ] || return 0
+    [ "$(id -u)" = 0 ] || die "the toolchain of $suite needs root: run $0 with sudo and the same STILLBLOCK_CACHE"
     say "toolchain of $suite: fetching from Debian"
     rm -rf "$root"
     mkdir -p "$root"
-    debootstrap --variant=minbase --keyring="$keyring" --include="$included" "$suite" "$root" "$uri" >"$root.log" 2>&1 ||
-        die "cannot get the toolchain of $suite: $(tail -n1 "$root.log")"
-    rm -rf "$root"/var/cache/apt/archives/*.deb "$root.log"
+    debian_tree "the toolchain of $suite" "$suite" "$included" "$root"
     echo "$included" >"$root/complete"
 }
 
