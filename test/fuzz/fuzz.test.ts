@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /** A bounded part of the fuzzing; `npm run fuzz` does more of it. */
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
 import test from 'ava';
 import { ENGINES } from '../../src/engine.ts';
+import { commandsOf, Page } from '../pages.ts';
+import { checkout } from '../vm/checkout.ts';
 import { fuzz } from './fuzz.ts';
 
 const MESSAGES = 20_000;
@@ -18,3 +22,19 @@ for (const engine of ENGINES) {
     });
   }
 }
+
+test('the commands of docs/fuzzing.md, with fewer messages', async (t) => {
+  const page = await Page.open('docs/fuzzing.md', import.meta.url);
+  const commands = page.takeAll().flatMap(commandsOf);
+  t.is(commands.length, 3);
+  for (const command of commands) {
+    const [line = ''] = command.split('#');
+    const few = line.includes('npm run')
+      ? `${line} -- --messages 500`
+      : line.replace('--messages 100000', '--messages 500');
+    const { stdout } = await promisify(execFile)('sh', ['-c', few], { cwd: checkout });
+    const [, messages] = /"messages": (\d+)/.exec(stdout) ?? [];
+    t.true(Number(messages) > 0, stdout);
+    t.notRegex(stdout, /"fault"/);
+  }
+});

@@ -2,12 +2,27 @@
 /** `stillblock nbd` in a process of its own, whose words can be waited for. */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { mkdir, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import type { ExecutionContext } from 'ava';
 import { soon } from '../nbd/world.ts';
 
 export const CLI: string = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
+
+/**
+ * Makes the command `stillblock` in a folder, for scripts that call it by its name.
+ *
+ * @returns an environment whose PATH begins there
+ */
+export async function commandOnPath(home: string): Promise<NodeJS.ProcessEnv> {
+  const bin = join(home, 'bin');
+  await mkdir(bin);
+  const script = `#!/bin/sh\nexec '${process.execPath}' '${CLI}' "$@"\n`;
+  await writeFile(join(bin, 'stillblock'), script, { mode: 0o755 });
+  return { ...process.env, PATH: `${bin}:${process.env['PATH']}:/usr/sbin:/sbin` };
+}
 
 /** An object of JSON that the command has printed. */
 export interface Said {

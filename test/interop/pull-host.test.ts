@@ -4,19 +4,18 @@
  * daemon does, over disks that are really served. The daemon itself is in test/vm.
  */
 import { randomUUID } from 'node:crypto';
-import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
+import { readdir, readFile } from 'node:fs/promises';
 import { createServer, type IncomingMessage } from 'node:http';
 import { join } from 'node:path';
-import { execPath } from 'node:process';
-import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { StillblockError } from '../../src/errors.ts';
 import { chooseUri } from '../../src/host-source.ts';
 import { collectLayout } from '../../src/layout.ts';
 import { formatNbdUri } from '../../src/nbd-uri.ts';
 import { folder } from '../nbd/world.ts';
+import { Page } from '../pages.ts';
 import { run } from './clients.ts';
-import { CLI } from './command.ts';
+import { commandOnPath } from './command.ts';
 import {
   assertChain,
   errorOf,
@@ -246,27 +245,21 @@ pullTest('nobody answers on the control socket', async (t) => {
 pullTest('what docs/pull.md says works, command by command', async (t) => {
   const server = await Server.start(t);
   const home = await folder(t);
-  const bin = join(home, 'bin');
-  await mkdir(bin);
-  await writeFile(join(bin, 'stillblock'), `#!/bin/sh\nexec '${execPath}' '${CLI}' "$@"\n`, {
-    mode: 0o755,
-  });
-  const document = fileURLToPath(new URL('../../../docs/pull.md', import.meta.url));
-  const text = await readFile(document, 'utf8');
-  const blocks = [...text.matchAll(/^```sh\n(.*?)^```$/gms)].map(([, block = '']) => block);
-  t.is(blocks.length, 5);
+  const { PATH } = await commandOnPath(home);
+  const page = await Page.open('docs/pull.md', import.meta.url);
+  const blocks = page.takeAll().map(({ text }) => text);
+  t.true(blocks.length >= 5);
   /** What is of this machine in place of what is of yours. */
   const here = (command: string): string =>
     command
       .replaceAll('/run/stillblock/control.sock', server.socket)
       .replaceAll(/nbd:\/\/192\.0\.2\.7\/(\w+)/g, (_, disk: string) => server.machine.uri(disk))
       .replaceAll(/(\/backup|\/dev)\//g, `${home}/`);
-  const path = `${bin}:${process.env['PATH']}`;
   for (const [index, block] of blocks.entries()) {
     server.machine.change(index + 1);
     const isServed = block.includes('--nbd ');
     const instant = isServed ? await server.machine.serve(t, 'wednesday') : undefined;
-    await run('env', [`PATH=${path}`, 'bash', '-ec', here(block)]);
+    await run('env', [`PATH=${PATH}`, 'bash', '-ec', here(block)]);
     await instant?.close();
   }
   t.is((await manifestOf(join(home, 'web1'))).points.length, 2);

@@ -1,30 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Runs the commands of docs/tls.md, in its order, in a folder of the test's own. */
 import { execFile } from 'node:child_process';
-import { chmod, mkdir, readFile, writeFile } from 'node:fs/promises';
+import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { execPath } from 'node:process';
-import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import test from 'ava';
 import { folder, pattern } from '../nbd/world.ts';
-import { CLI, Serving } from './command.ts';
+import { Page } from '../pages.ts';
+import { commandOnPath, Serving } from './command.ts';
 
 const execute = promisify(execFile);
-const DOCUMENT = fileURLToPath(new URL('../../../docs/tls.md', import.meta.url));
 const SIZE = 4 << 20;
 
 test('what docs/tls.md says works, command by command', async (t) => {
   const home = await folder(t);
-  const bin = join(home, 'bin');
-  await mkdir(bin);
-  await writeFile(join(bin, 'stillblock'), `#!/bin/sh\nexec '${execPath}' '${CLI}' "$@"\n`);
-  await chmod(join(bin, 'stillblock'), 0o755);
+  const env = await commandOnPath(home);
   for (const disk of ['sda', 'sdb', 'sdc']) {
     await writeFile(join(home, disk), pattern(SIZE));
   }
-  const text = await readFile(DOCUMENT, 'utf8');
-  const blocks = [...text.matchAll(/^```sh\n(.*?)^```$/gms)].map(([, block = '']) => block);
+  const page = await Page.open('docs/tls.md', import.meta.url);
+  const blocks = page.takeAll().map(({ text }) => text);
   t.true(blocks.length >= 9);
   let serving: Serving | undefined;
   let copies = 0;
@@ -43,10 +38,7 @@ test('what docs/tls.md says works, command by command', async (t) => {
     // A server is the last command of its block, and stays.
     const [before = '', server] = block.split(/^stillblock nbd /m);
     if (before.trim() !== '') {
-      await execute('bash', ['-ec', here(before)], {
-        cwd: home,
-        env: { ...process.env, PATH: `${bin}:${process.env['PATH']}` },
-      });
+      await execute('bash', ['-ec', here(before)], { cwd: home, env });
     }
     if (server !== undefined) {
       t.is((await serving?.end()) ?? 0, 0);

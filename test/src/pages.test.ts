@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+/** Pages for people: each command is run by a test, or exists at least; each link leads somewhere. */
+import { existsSync, readFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import test from 'ava';
+import type { Command } from 'commander';
+import { makeProgram } from '../../src/program.ts';
+import { blocksOf, commandsOf, pageNames, readPage } from '../pages.ts';
+import { checkout } from '../vm/checkout.ts';
+
+/** Pages whose blocks do not say yet who runs them. */
+const WAITING: ReadonlySet<string> = new Set([
+  ...['README.md', 'docs/module.md', 'docs/p2v.md', 'docs/packages.md', 'docs/reboot.md'],
+]);
+
+const read = (path: string): string => readFileSync(join(checkout, path), 'utf8');
+
+test('each block of commands is run by the test that its page names', async (t) => {
+  const problems: string[] = [];
+  let count = 0;
+  for (const page of await pageNames()) {
+    for (const { line, runBy, notRun } of blocksOf(page, await readPage(page))) {
+      count += 1;
+      if (runBy === undefined && notRun === undefined && !WAITING.has(page)) {
+        problems.push(`${page}:${line} says not which test runs it: see test/pages.ts`);
+      } else if (runBy !== undefined && !existsSync(join(checkout, runBy))) {
+        problems.push(`${page}:${line} names ${runBy}, which is not there`);
+      } else if (runBy !== undefined && !read(runBy).includes(`Page.open('${page}'`)) {
+        problems.push(`${page}:${line} names ${runBy}, which does not open that page`);
+      }
+    }
+  }
+  t.deepEqual(problems, []);
+  t.true(count > 30);
+});
+
+/** Code within the text, and the lines of blocks. */
+async function wordsOf(page: string): Promise<string[]> {
+  const document = await readPage(page);
+  const prose = document.replaceAll(/^ *```[\s\S]*?^ *```$/gm, '');
+  const spans = [...prose.matchAll(/`([^`]+)`/g)].map(([, code = '']) =>
+    code.replaceAll(/\s+/g, ' '),
+  );
+  return [...spans, ...blocksOf(page, document).flatMap(commandsOf)];
+}
+
+function find(command: Command, words: readonly string[]): [Command, readonly string[]] {
+  const [first, ...rest] = words;
+  const child = command.commands.find((each) => each.name() === first);
+  return child === undefined ? [command, words] : find(child, rest);
+}
+
+/** Flags of a command line of ours that its command does not have. */
+function unknownFlags(program: Command, words: readonly string[]): string[] {
+  const [command, rest] = find(program, words);
+  if (command === program && !rest[0]?.startsWith('-')) {
+    return [...rest.slice(0, 1)];
+  }
+  const known = command.options.flatMap(({ long, short }) => [long, short]);
+  const flags = rest.map((word) => word.split('=')[0] ?? '').filter((word) => /^-+\w/.test(word));
+  return flags.filter((flag) => flag !== '--help' && !known.includes(flag));
+}
+
+test('each command of ours exists, with its options', async (t) => {
+  const program = await makeProgram();
+  const problems: string[] = [];
+  let count = 0;
+  for (const page of await pageNames()) {
+    for (const line of (await wordsOf(page)).flatMap((words) => words.split(/&&|[;|>]/))) {
+      const [first, ...words] = line.trim().split(/\s+/);
+      if (first === 'stillblock' && words.length > 0) {
+        count += 1;
+        const unknown = unknownFlags(program, words);
+        problems.push(...unknown.map((what) => `${page}: ${what} in ${line.trim()}`));
+      }
+    }
+  }
+  t.deepEqual(problems, []);
+  t.true(count > 40);
+});
+
+test('each script and file exists that is spoken of', async (t) => {
+  const { scripts } = JSON.parse(read('package.json')) as { scripts: Record<string, string> };
+  const missing: string[] = [];
+  const require = (page: string, path: string): void => {
+    if (!existsSync(join(checkout, path))) {
+      missing.push(`${page}: ${path}`);
+    }
+  };
+  for (const page of await pageNames()) {
+    for (const words of await wordsOf(page)) {
+      const named = [...words.matchAll(/npm run ([\w:]+)/g)].map(([, name = '']) => name);
+      missing.push(...named.filter((name) => !(name in scripts)).map((name) => `${page}: ${name}`));
+      const paths = words.matchAll(
+        /(?<![\w/.])(?:scripts|configs|test|src|docs|dist)\/[\w./-]+\.\w+/g,
+      );
+      for (const [path] of paths) {
+        require(page, path.replace(/^dist\/(.*)\.js$/, '$1.ts'));
+      }
+    }
+    for (const [, to = ''] of (await readPage(page)).matchAll(/\]\(([^)#:]+)(?:#[^)]*)?\)/g)) {
+      require(page, join(dirname(page), to));
+    }
+  }
+  t.deepEqual(missing, []);
+});
