@@ -64,7 +64,9 @@ async function readText(path: string): Promise<string | undefined> {
 
 async function deviceOfFile(path: string): Promise<DeviceNumber[]> {
   try {
-    return [splitDeviceNumber((await stat(path)).dev)];
+    const status = await stat(path);
+    // A loop device may be over a device, too, rather than over a file on one.
+    return [splitDeviceNumber(status.isBlockDevice() ? status.rdev : status.dev)];
   } catch {
     // A backing file that was deleted, or is in another mount namespace.
     return [];

@@ -10,9 +10,10 @@
  * The life of a pull in the folder; whatever ends it early leads back to where it began,
  * at the latest when the next one opens the folder:
  *
- *     idle ──► begun (pull.json) ──► files written ──► committed (manifest.json) ──► idle
- *      ▲             │                     │
- *      └─────────────┴─────────────────────┘ abandoned: files removed, then pull.json
+ *     idle ──► begun (pull.json) ──► files written ──► committed (manifest.json) ─┐
+ *      ▲             │                     │                                      │
+ *      │             └─────────────────────┴► discarded: files removed ───────────┤
+ *      └───────────── forgotten: pull.json removed, once the snapshot is let go ◄─┘
  */
 import { createHash } from 'node:crypto';
 import { constants } from 'node:fs';
@@ -44,6 +45,8 @@ export interface Journal {
   readonly files: readonly string[];
   /** The server's snapshot that it holds, for who finds it dead. */
   readonly snapshot: string | null;
+  /** A snapshot under the checkpoint's name was asked for, and its id is not known yet. */
+  readonly asked: boolean;
 }
 
 /** What became of a pull that did not end by itself. */
@@ -52,6 +55,8 @@ export interface Recovery {
   /** Whether its point is in the chain; else the chain is as it was before. */
   readonly complete: boolean;
   readonly snapshot: string | null;
+  /** See {@link Journal}. */
+  readonly asked: boolean;
 }
 
 function codeOf(error: unknown): string | undefined {
@@ -263,7 +268,8 @@ function parseJournal(text: string): Journal {
   ) {
     throw new SyntaxError('it says not what it made');
   }
-  return { checkpoint: value.checkpoint, files: value.files, snapshot: value.snapshot ?? null };
+  const { checkpoint, files, snapshot = null, asked = false } = value;
+  return { checkpoint, files, snapshot, asked };
 }
 
 /** A chain that is being written to. Whoever opened it closes it. */
@@ -327,7 +333,7 @@ export class ChainWriter {
   }
 
   /**
-   * Says what will be made. From here until {@link commit} or {@link abandon} the files
+   * Says what will be made. From here until {@link commit} or {@link discard} the files
    * are this pull's.
    *
    * @throws StillblockError if one of them is there already
@@ -369,7 +375,10 @@ export class ChainWriter {
     }
   }
 
-  /** Makes a point part of the chain: after this it is, whatever happens, and before it is not. */
+  /**
+   * Makes a point part of the chain: after this it is, whatever happens, and before it is not.
+   * Its snapshot is for the next pull to end, until {@link forget}.
+   */
   async commit(point: ChainPoint, machine: string | null): Promise<void> {
     const manifest: Manifest = {
       ...this.#manifest,
@@ -387,16 +396,26 @@ export class ChainWriter {
       throw explain(error, join(this.folder, MANIFEST));
     }
     this.#manifest = manifest;
-    this.#journal = undefined;
-    // Where this fails, the next pull sees that its point is in the chain.
-    await rm(join(this.folder, JOURNAL), { force: true }).catch(() => {});
+    if (this.#journal !== undefined) {
+      // Its files are the chain's. The next pull, if it finds this one's journal, sees that.
+      this.#journal = { ...this.#journal, files: [] };
+    }
   }
 
-  /** Removes what this pull has made; the chain is as it was before. */
-  async abandon(): Promise<void> {
-    const journal = this.#journal;
-    if (journal !== undefined) {
-      await removeUncommitted(this.folder, journal);
+  /**
+   * Removes what this pull has made: the chain is as it was before. Its snapshot is still
+   * for the next pull to end, until {@link forget}.
+   */
+  async discard(): Promise<void> {
+    if (this.#journal !== undefined) {
+      await removeFiles(this.folder, this.#journal.files);
+    }
+  }
+
+  /** Forgets this pull, of which nothing is left but what is part of the chain. */
+  async forget(): Promise<void> {
+    if (this.#journal !== undefined) {
+      await removeUncommitted(this.folder, this.#journal);
       this.#journal = undefined;
     }
   }
@@ -408,13 +427,21 @@ export class ChainWriter {
   }
 }
 
-async function removeUncommitted(folder: string, journal: Journal): Promise<void> {
+async function removeFiles(folder: string, files: readonly string[]): Promise<void> {
   try {
-    for (const file of journal.files) {
+    for (const file of files) {
       await rm(join(folder, file), { force: true });
     }
-    // The journal last: until it is gone, the next pull removes what is left.
     await syncPath(folder);
+  } catch (error) {
+    throw explain(error, folder);
+  }
+}
+
+async function removeUncommitted(folder: string, journal: Journal): Promise<void> {
+  // The journal last: until it is gone, the next pull removes what is left.
+  await removeFiles(folder, journal.files);
+  try {
     await rm(join(folder, JOURNAL), { force: true });
   } catch (error) {
     throw explain(error, folder);
@@ -441,12 +468,12 @@ async function recover(folder: string, manifest: Manifest): Promise<Recovery | u
     }
     throw explain(error, path);
   }
-  const { checkpoint, snapshot } = journal;
+  const { checkpoint, snapshot, asked } = journal;
   const complete = manifest.points.some((point) => point.checkpoint === checkpoint);
   const kept = new Set(manifest.points.flatMap(({ entries }) => entries.map(({ file }) => file)));
   const files = journal.files.filter((file) => !kept.has(file));
   await removeUncommitted(folder, { ...journal, files });
-  return { checkpoint, complete, snapshot };
+  return { checkpoint, complete, snapshot, asked };
 }
 
 /** A new chain begins in an empty folder: anything else may be a chain that lost its manifest. */

@@ -123,42 +123,71 @@ function explainCall(error: unknown): unknown {
   return error;
 }
 
+/** What an error says of a call that the server may have heard, and answers no more. */
+const UNANSWERED: ReadonlySet<string> = new Set(['NO_ANSWER', 'DAEMON_LOST', 'CANCELLED']);
+
 export class HostSource implements PullSource {
+  readonly takesSnapshot = true;
   readonly #api: Api;
   readonly #request: HostRequest;
   #backup: BackupDescription | undefined;
+  /** A snapshot was asked for, and nothing has been heard of it. */
+  #isAsked = false;
 
   constructor(api: Api, request: HostRequest) {
     this.#api = api;
     this.#request = request;
   }
 
+  get checkpoint(): string {
+    return this.#request.checkpoint;
+  }
+
+  /** @throws StillblockError `NO_ANSWER` after the time that nothing may move for */
   async #call<In extends Input, Out>(
     operation: Operation<In, Out>,
     input: In,
     signal?: AbortSignal,
   ): Promise<Out> {
+    const { stallMs, host } = this.#request;
+    const late = AbortSignal.timeout(stallMs);
     try {
-      return await this.#api.call(operation, input, signal);
+      const ends = signal === undefined ? late : AbortSignal.any([signal, late]);
+      return await this.#api.call(operation, input, ends);
     } catch (error) {
+      if (late.aborted && signal?.aborted !== true) {
+        throw new StillblockError(
+          'NO_ANSWER',
+          `${host ?? 'the daemon'} has not answered for ${stallMs / 1000} s`,
+          'look whether the server runs, and whether the network or a firewall is between; --timeout sets how long to wait',
+          { cause: error },
+        );
+      }
       throw explainCall(error);
     }
+  }
+
+  /** @returns a backup of this pull's that the server holds */
+  async #findHeld(chosen: (backup: BackupDescription) => boolean): Promise<string | undefined> {
+    const { backups } = await this.#call(listBackups, {});
+    return backups.find(chosen)?.checkpoint;
   }
 
   async begin(_since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer> {
     const { checkpoint, disks, store, host, certificates, stallMs } = this.#request;
     const layout = await this.#call(getLayout, {}, signal);
-    const backup = await this.#call(
-      beginBackup,
-      {
-        body: {
-          checkpoint,
-          ...(store.length === 0 ? {} : { store: { places: store } }),
-          ...(disks.length === 0 ? {} : { disks: disks.map((path) => ({ path })) }),
-        },
-      },
-      signal,
-    );
+    const body = {
+      checkpoint,
+      ...(store.length === 0 ? {} : { store: { places: store } }),
+      ...(disks.length === 0 ? {} : { disks: disks.map((path) => ({ path })) }),
+    };
+    let backup: BackupDescription;
+    try {
+      backup = await this.#call(beginBackup, { body }, signal);
+    } catch (error) {
+      this.#isAsked = error instanceof StillblockError && UNANSWERED.has(error.code);
+      throw error;
+    }
     this.#backup = backup;
     const offered: OfferedDisk[] = [];
     for (const disk of backup.disks) {
@@ -177,19 +206,21 @@ export class HostSource implements PullSource {
   }
 
   async end(kept: boolean): Promise<StillblockError | undefined> {
-    const backup = this.#backup;
-    if (backup === undefined) {
-      return undefined;
-    }
+    const { checkpoint } = this.#request;
+    const held = this.#isAsked
+      ? await this.#findHeld((each) => each.checkpoint === checkpoint)
+      : this.#backup?.checkpoint;
+    this.#isAsked = false;
     this.#backup = undefined;
-    return this.#release(backup.checkpoint, kept);
+    return held === undefined ? undefined : this.#release(held, kept);
   }
 
-  async endLeftover({ snapshot, complete }: Recovery): Promise<void> {
-    const { backups } = await this.#call(listBackups, {});
-    const left = backups.find(({ id }) => id === snapshot);
+  async endLeftover({ checkpoint, snapshot, complete, asked }: Recovery): Promise<void> {
+    const left = await this.#findHeld((each) =>
+      asked ? each.checkpoint === checkpoint : each.id === snapshot,
+    );
     if (left !== undefined) {
-      await this.#release(left.checkpoint, complete);
+      await this.#release(left, complete);
     }
   }
 

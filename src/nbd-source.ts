@@ -16,7 +16,7 @@ import {
   qemuTlsObject,
 } from './nbd-uri.ts';
 import type { Offer, OfferedDelta, OfferedDisk, PullSource } from './offer.ts';
-import { explainQemuImg, qemuImg } from './qemu-img.ts';
+import { explainQemuImg, QemuImgError, qemuImg } from './qemu-img.ts';
 
 /** A disk under the name that it has in the chain. */
 export interface NamedUri {
@@ -64,6 +64,14 @@ export async function exportSize(uri: NbdUri, ask: AskOptions): Promise<number> 
     );
     return (JSON.parse(json) as { 'virtual-size': number })['virtual-size'];
   } catch (error) {
+    if (error instanceof QemuImgError && error.stalled) {
+      throw new StillblockError(
+        'NO_SERVER',
+        `${formatNbdUri(uri)} has not answered for ${ask.stallMs / 1000} s`,
+        'look whether the server runs there, and whether a firewall is between; --timeout sets how long to wait',
+        { cause: error },
+      );
+    }
     throw explainQemuImg(error, formatNbdUri(uri));
   }
 }
@@ -86,7 +94,8 @@ export async function exportIdentity(uri: NbdUri, ask: AskOptions): Promise<Disk
 
 /** Servers that somebody else has started, and will end. */
 export class NbdSource implements PullSource {
-  readonly #checkpoint: string;
+  readonly checkpoint: string;
+  readonly takesSnapshot = false;
   readonly #disks: readonly NamedUri[];
   readonly #layout: MachineLayout | null;
   readonly #ask: Omit<AskOptions, 'signal'>;
@@ -97,7 +106,7 @@ export class NbdSource implements PullSource {
     layout: MachineLayout | null,
     ask: Omit<AskOptions, 'signal'>,
   ) {
-    this.#checkpoint = checkpoint;
+    this.checkpoint = checkpoint;
     this.#disks = disks;
     this.#layout = layout;
     this.#ask = ask;
@@ -113,7 +122,7 @@ export class NbdSource implements PullSource {
       disks.push({ name, sizeBytes, uri, history: undefined, identity, deltas, full: [] });
     }
     return {
-      checkpoint: this.#checkpoint,
+      checkpoint: this.checkpoint,
       takenAt: null,
       machine: this.#layout?.machine ?? null,
       layout: this.#layout,

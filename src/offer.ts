@@ -48,6 +48,10 @@ export interface Offer {
 
 /** Where offers come from. */
 export interface PullSource {
+  /** Name of the instant. */
+  readonly checkpoint: string;
+  /** Whether a snapshot is taken for us, which is ours to end. */
+  readonly takesSnapshot: boolean;
   /**
    * Has the snapshot taken, or looks at what is served.
    *
@@ -59,6 +63,7 @@ export interface PullSource {
    *
    * @param kept whether its point is in the chain; else its checkpoint is of no use
    * @returns why the snapshot has failed meanwhile, if it has
+   * @throws StillblockError if the server was not reached: its snapshot may still be held
    */
   end(kept: boolean): Promise<StillblockError | undefined>;
   /** Lets go of the snapshot of a pull that was killed, if it is still there. */

@@ -255,6 +255,17 @@ async function inParallel<T, R>(
   return results;
 }
 
+/** What is known of a snapshot that could not be let go of. */
+function stillHeld(error: unknown): StillblockError {
+  const why = error instanceof Error ? error.message : String(error);
+  return new StillblockError(
+    'SNAPSHOT_LEFT',
+    `the server may still hold the snapshot, which the next pull into this folder ends: ${why}`,
+    'run that once the server answers',
+    { cause: error },
+  );
+}
+
 function asBefore(error: unknown): unknown {
   return error instanceof StillblockError
     ? new StillblockError(error.code, `${error.message} (the chain is as before)`, error.advice, {
@@ -296,6 +307,11 @@ export async function pull(
       await request.source.endLeftover(writer.recovery);
     }
     signal.throwIfAborted();
+    const { checkpoint: name, takesSnapshot } = request.source;
+    if (takesSnapshot) {
+      // Whatever happens from here on, the next pull knows what to end.
+      await writer.begin({ checkpoint: name, files: [], snapshot: null, asked: true });
+    }
     const offer = await request.source.begin(tips(writer.manifest), stop.signal);
     const plan = planPull(writer.manifest, offer, request.mode);
     observer.planned(offer, plan);
@@ -303,6 +319,7 @@ export async function pull(
       checkpoint: offer.checkpoint,
       files: plan.disks.map(({ file }) => file),
       snapshot: offer.snapshot,
+      asked: false,
     });
     const run = new Pull(request, observer, writer, stop.signal);
     const entries = await inParallel(plan.disks, request.parallel, stop, (disk) =>
@@ -311,16 +328,24 @@ export async function pull(
     const { checkpoint, takenAt, layout, machine } = offer;
     const point = { checkpoint, takenAt, pulledAt: new Date().toISOString(), layout, entries };
     await writer.commit(point, machine);
-    await request.source.end(true).catch((error: unknown) => observer.problem(error));
+    try {
+      await request.source.end(true);
+      await writer.forget();
+    } catch (problem) {
+      observer.problem(stillHeld(problem));
+    }
     return point;
   } catch (error) {
-    await writer.abandon();
-    const failure = await request.source.end(false).catch((problem: unknown) => {
-      observer.problem(problem);
-      return undefined;
-    });
+    await writer.discard();
+    let failure: StillblockError | undefined;
+    try {
+      failure = await request.source.end(false);
+      await writer.forget();
+    } catch (problem) {
+      observer.problem(stillHeld(problem));
+    }
     // What the server says of its snapshot is more than what a reader sees of it.
-    throw asBefore(failure ?? error);
+    throw asBefore(failure ?? (signal.aborted ? signal.reason : error));
   } finally {
     signal.removeEventListener('abort', forward);
     await writer.close();

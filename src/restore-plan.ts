@@ -186,7 +186,7 @@ function requireTarget(source: RestoreSource, target: TargetFacts): void {
     throw refuse(
       'TARGET_IN_USE',
       `${path} is part of ${target.holders.join(', ')}`,
-      'deactivate that volume group, array or mapping first',
+      'deactivate that volume group, array, mapping or loop device first',
     );
   }
   if (target.held) {

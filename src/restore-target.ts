@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Finds out what a restore must know of a target. Nothing is written. */
 import { execFile } from 'node:child_process';
-import { constants } from 'node:fs';
+import { constants, type Stats } from 'node:fs';
 import { type FileHandle, open, readdir, readFile, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { BlockDevices, type DeviceNumber, splitDeviceNumber } from './block-devices.ts';
@@ -57,6 +57,20 @@ async function holdersOf(sysfs: string): Promise<string[]> {
   return [...new Set(found)];
 }
 
+/** Loop devices over a file, or over a device or a part of it. */
+async function loopsOver(isTarget: (backing: Stats) => boolean): Promise<string[]> {
+  const names = (await namesIn('/sys/block')).filter((name) => name.startsWith('loop'));
+  const found = await Promise.all(
+    names.map(async (name) => {
+      const attribute = `/sys/block/${name}/loop/backing_file`;
+      const path = (await readFile(attribute, 'utf8').catch(() => '')).trimEnd();
+      const backing = path === '' ? undefined : await stat(path).catch(() => undefined);
+      return backing !== undefined && isTarget(backing) ? [name] : [];
+    }),
+  );
+  return found.flat();
+}
+
 async function isSwappedTo(number: DeviceNumber, devices: BlockDevices): Promise<boolean> {
   for (const path of parseSwaps(await readFile('/proc/swaps', 'utf8').catch(() => ''))) {
     const status = await stat(path).catch(() => undefined);
@@ -107,6 +121,10 @@ async function deviceFacts(path: string, rdev: number, folder: string): Promise<
   const sector = await readFile(join(disk, 'queue/logical_block_size'), 'utf8').catch(() => '512');
   const readOnly = (await readFile(join(sysfs, 'ro'), 'utf8').catch(() => '0')).trim() === '1';
   const opening = await tryOpen(path);
+  const loops = await loopsOver((backing) => {
+    const other = backing.isBlockDevice() ? splitDeviceNumber(backing.rdev) : undefined;
+    return other !== undefined && (devices.isOn(other, number) || devices.isOn(number, other));
+  });
   return {
     path,
     kind: isPartition ? 'partition' : 'device',
@@ -114,7 +132,7 @@ async function deviceFacts(path: string, rdev: number, folder: string): Promise<
     sizeBytes: device?.sizeBytes ?? 0,
     sectorBytes: Number(sector.trim()),
     mountPoints: mounts.map(({ mountPoint }) => mountPoint),
-    holders: await holdersOf(sysfs),
+    holders: [...(await holdersOf(sysfs)), ...loops],
     swap: await isSwappedTo(number, devices),
     held: opening === 'held',
     readOnly: readOnly || opening === 'read-only',
@@ -149,7 +167,7 @@ export async function targetFacts(target: string, folder: string): Promise<Targe
     path: target,
     sectorBytes: FILE_SECTOR_BYTES,
     mountPoints: [],
-    holders: [],
+    holders: [] as readonly string[],
     held: false,
     readOnly: false,
     isSource: parent === chain,
@@ -171,6 +189,7 @@ export async function targetFacts(target: string, folder: string): Promise<Targe
     ...file,
     kind: 'file',
     id: `${status.dev}/${status.ino}`,
+    holders: await loopsOver(({ dev, ino }) => dev === status.dev && ino === status.ino),
     sizeBytes: status.size,
     readOnly: opening === 'read-only',
     swap: swaps.includes(await realpath(target)),

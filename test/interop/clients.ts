@@ -18,9 +18,14 @@ export interface Finished {
 }
 
 /** Runs a client to its end, whatever its exit code. */
-export function tryRun(command: string, args: readonly string[], cwd?: string): Promise<Finished> {
+export function tryRun(
+  command: string,
+  args: readonly string[],
+  cwd?: string,
+  timeoutMs: number = CLIENT_MS,
+): Promise<Finished> {
   return new Promise((resolve, reject) => {
-    const options = { cwd, timeout: CLIENT_MS, maxBuffer: OUTPUT_BYTES, encoding: 'utf8' } as const;
+    const options = { cwd, timeout: timeoutMs, maxBuffer: OUTPUT_BYTES, encoding: 'utf8' } as const;
     execFile(command, args, options, (error, stdout, stderr) => {
       if (error === null) {
         resolve({ code: 0, stdout, stderr });

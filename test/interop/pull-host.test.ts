@@ -46,6 +46,9 @@ class Server {
   machineId = 'aaaa';
   /** Name of a reason, once snapshots fail. */
   failure: string | undefined;
+  /** From this request on, which it still does, it answers nothing: the network is cut. */
+  cutAt: string | undefined;
+  #isCut = false;
   #t: ExecutionContext;
 
   private constructor(t: ExecutionContext, machine: Machine, socket: string) {
@@ -60,6 +63,10 @@ class Server {
     const http = createServer((request, response) => {
       server.#answer(request).then(
         ({ status, body }) => {
+          server.#isCut ||= server.cutAt === server.#asked(request);
+          if (server.#isCut) {
+            return;
+          }
           response.writeHead(status, { 'content-type': 'application/json' });
           response.end(JSON.stringify(body));
         },
@@ -71,13 +78,26 @@ class Server {
     return server;
   }
 
+  #asked({ method, url = '' }: IncomingMessage): string {
+    return `${method} ${url.split('/')[2]}`;
+  }
+
+  /** The network is there again. */
+  mend(): void {
+    this.cutAt = undefined;
+    this.#isCut = false;
+  }
+
   async #answer(request: IncomingMessage): Promise<{ status: number; body: object }> {
-    const [, , kind, name = ''] = (request.url ?? '').split('/');
+    const name = (request.url ?? '').split('/')[3] ?? '';
     const pieces: string[] = [];
     for await (const piece of request) {
       pieces.push(String(piece));
     }
-    switch (`${request.method} ${kind}`) {
+    if (this.#isCut) {
+      return { status: 500, body: {} };
+    }
+    switch (this.#asked(request)) {
       case 'GET layout':
         return { status: 200, body: { ...(await collectLayout([])), machine: this.machineId } };
       case 'GET backups':
@@ -197,11 +217,12 @@ pullTest('killed: the next pull ends the snapshot that it left held', async (t) 
   const chain = join(await folder(t), 'chain');
   const running = start(t, 'pull', '--checkpoint', 'cut', socket, chain);
   const begun = async (): Promise<void> => {
-    while (!(await readdir(chain).catch((): string[] => [])).includes('pull.json')) {
+    while (server.held.length === 0) {
       await new Promise(setImmediate);
     }
   };
-  await soon('its journal', begun());
+  await soon('its snapshot', begun());
+  t.deepEqual(await readdir(chain), ['pull.json']);
   running.process.kill('SIGKILL');
   await running.ended;
   t.is(server.held.length, 1);
@@ -230,6 +251,52 @@ pullTest('the store overflows meanwhile: exit code 4, and why', async (t) => {
   t.is(errorOf(ended), 'STORE_FULL');
   t.regex(ended.stderr, /the store is full.*the chain is as before/);
   t.deepEqual([server.checkpoints, server.held], [[], []]);
+});
+
+/** The next pull ends the snapshot that a pull has left held on a server that was cut off. */
+async function assertMended(t: ExecutionContext, server: Server, chain: string): Promise<void> {
+  server.mend();
+  const next = await stillblock(t, 'pull', '--checkpoint', 'next', server.socket, chain);
+  t.is(next.code, 0, next.stderr);
+  t.deepEqual(server.held, []);
+  t.like(next.events[0], { event: 'recovered', checkpoint: 'cut' });
+}
+
+for (const [when, cutAt] of [
+  ['while it takes the snapshot', 'POST backups'],
+  ['before that', 'GET layout'],
+] as const) {
+  pullTest(`the server is cut off ${when}: given up after --timeout`, async (t) => {
+    const server = await Server.start(t);
+    const chain = join(await folder(t), 'chain');
+    server.cutAt = cutAt;
+    const cut = ['--timeout', '2', '--checkpoint', 'cut', server.socket, chain];
+    const ended = await stillblock(t, 'pull', ...cut);
+    t.is(ended.code, 1);
+    t.is(errorOf(ended), 'NO_ANSWER', ended.stderr);
+    t.regex(ended.stderr, /has not answered for 2 s \(the chain is as before\)/);
+    if (cutAt === 'GET layout') {
+      t.deepEqual([server.held, await readdir(chain)], [[], []]);
+    } else {
+      t.is(server.held.length, 1);
+      t.regex(ended.stderr, /the next pull into this folder ends/);
+      await assertMended(t, server, chain);
+      await assertChain(t, server.machine, chain, ['next']);
+    }
+  });
+}
+
+pullTest('the server is cut off when all is copied: said so, and let go of later', async (t) => {
+  const server = await Server.start(t);
+  const chain = join(await folder(t), 'chain');
+  server.cutAt = 'DELETE backups';
+  // That the fake ends it is of no matter: its answer does not arrive.
+  const cut = ['--timeout', '2', '--checkpoint', 'cut', server.socket, chain];
+  const ended = await stillblock(t, 'pull', ...cut);
+  t.is(ended.code, 0, ended.stderr);
+  t.regex(ended.stderr, /the next pull into this folder ends/);
+  await assertMended(t, server, chain);
+  await assertChain(t, server.machine, chain, ['cut', 'next']);
 });
 
 pullTest('nobody answers on the control socket', async (t) => {

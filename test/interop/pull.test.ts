@@ -8,6 +8,7 @@ import {
   readFile,
   rename,
   rm,
+  stat,
   utimes,
   writeFile,
 } from 'node:fs/promises';
@@ -17,7 +18,7 @@ import test, { type ExecutionContext } from 'ava';
 import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
 import { folder, pattern } from '../nbd/world.ts';
 import { run, tryRun } from './clients.ts';
-import { Serving } from './command.ts';
+import { CLI, Serving } from './command.ts';
 import {
   assertChain,
   errorOf,
@@ -293,7 +294,39 @@ pullTest('the snapshot fails meanwhile: a read error, and no image that looks wh
   await assertChain(t, world.machine, world.chain, ['day-1']);
 });
 
-pullTest('a network that is cut without a word is given up after --timeout', async (t) => {
+pullTest('all packets are dropped from some moment on: given up after --timeout', async (t) => {
+  const home = await folder(t);
+  const [disk, chain] = [join(home, 'disk'), join(home, 'chain')];
+  await writeFile(disk, pattern(3 * MIB));
+  // In a network of the script's own: the server is reached over loopback until the route to
+  // it leads into a tunnel with nobody at its end.
+  const script = `
+    ip link set lo up; ip tuntap add cut mode tun; ip link set cut up
+    ip address add 198.51.100.1/24 dev cut
+    ip route add local 192.0.2.7 dev lo src 198.51.100.1 table local
+    node ${CLI} nbd -i 192.0.2.7 --insecure --max-rate 2M --export sda='${disk}' >'${home}/said' &
+    until grep -q nbd: '${home}/said'; do sleep 0.1; done
+    pull() { node ${CLI} pull --json --full --timeout 2 --nbd nbd://192.0.2.7/sda '${chain}' "$@"; }
+    pull --checkpoint day-1 >&2 || exit 1
+    pull --checkpoint day-2 & pid=$!
+    until [ -s '${chain}/sda.0002.qcow2' ]; do sleep 0.05; done
+    ip route del local 192.0.2.7 dev lo table local; ip route add 192.0.2.7 dev cut
+    wait $pid; echo "code $?"; ls '${chain}'
+    pull --checkpoint day-3; echo "code $?"
+    node ${CLI} chain --check '${chain}'
+    kill %1; wait`;
+  const user = process.getuid?.() === 0 ? [] : ['--user', '--map-root-user'];
+  const args = [...user, '--net', 'bash', '-c', script];
+  const { stdout, stderr } = await tryRun('unshare', args, undefined, 180_000);
+  const said = stdout + stderr;
+  t.regex(stdout, /"code":"STALLED".*\n(.*\n)*code 1\nmanifest.json\nsda.0001.qcow2\n/, said);
+  t.regex(stdout, /"code":"NO_SERVER".*\ncode 1\n/, said);
+  t.regex(stderr, /nothing has moved for too long \(the chain is as before\)/);
+  t.regex(stderr, /sda has not answered for 2 s/);
+  t.regex(stdout, /all files have the SHA-256/, said);
+});
+
+pullTest('a server that falls silent is given up after --timeout', async (t) => {
   const world = await pulledOnce(t);
   const instant = await nextDay(t, world);
   const reads = instant.holdReads('sda');
@@ -319,15 +352,14 @@ pullTest('nobody answers, and an export that is not there', async (t) => {
 pullTest('a disk that is full leaves the chain as before', async (t) => {
   const machine = await Machine.make(t, { sda: 6 * MIB });
   const home = await folder(t);
-  const cli = new URL('../../src/cli.js', import.meta.url).pathname;
   const first = await machine.serve(t, 'day-1');
   const args = (instant: Instant): string => instant.args.map((arg) => `'${arg}'`).join(' ');
   // Room for the first image alone. The folder is a mount of this shell's own.
   const script = [
     `mount -t tmpfs -o size=5m none '${home}'`,
-    `node ${cli} pull ${args(first)} '${home}/chain' >&2 || exit 1`,
-    `node ${cli} pull --json --full --checkpoint day-2 --nbd '${machine.uri('sda')}' '${home}/chain'`,
-    `echo "code $?"; ls '${home}/chain'; node ${cli} chain --check '${home}/chain'`,
+    `node ${CLI} pull ${args(first)} '${home}/chain' >&2 || exit 1`,
+    `node ${CLI} pull --json --full --checkpoint day-2 --nbd '${machine.uri('sda')}' '${home}/chain'`,
+    `echo "code $?"; ls '${home}/chain'; node ${CLI} chain --check '${home}/chain'`,
   ].join('\n');
   const user = process.getuid?.() === 0 ? [] : ['--user', '--map-root-user'];
   const ended = await tryRun('unshare', [...user, '--mount', 'sh', '-c', script]);
@@ -487,7 +519,7 @@ test.after.always(async () => {
 });
 
 for (const { name, code, damage } of DAMAGES) {
-  pullTest(`a broken chain is found before anything is pulled: ${name}`, async (t) => {
+  pullTest(`a broken chain is found before anything is pulled or restored: ${name}`, async (t) => {
     const { chain } = await chainToBreak(t);
     await damage(chain);
     const before = await readdir(chain);
@@ -497,5 +529,10 @@ for (const { name, code, damage } of DAMAGES) {
     t.is(refused.code, 1);
     t.is(errorOf(refused), code, refused.stderr);
     t.deepEqual(await readdir(chain), before);
+    const target = join(chain, '../target');
+    const restore = await stillblock(t, 'restore', '--yes', '--map', `sda=${target}`, chain);
+    t.is(restore.code, 1);
+    t.is(errorOf(restore), code === 'NOT_A_CHAIN' ? 'NO_CHAIN' : code, restore.stderr);
+    await t.throwsAsync(stat(target), { code: 'ENOENT' });
   });
 }
