@@ -36,6 +36,8 @@ export function testKernel(): KernelName {
 /** A kernel in the cache; the one with checkers is laid out as the stock ones are. */
 export interface StockKernel {
   readonly image: string;
+  /** See plain-kernel.ts, which makes it. */
+  readonly plain: string;
   readonly release: string;
   /** Holds RELEASE/, as /lib/modules does. */
   readonly modulesFolder: string;
@@ -46,7 +48,12 @@ export function stockKernel(name: KernelName): StockKernel {
   const tree = join(cacheFolder, 'kernels', name);
   try {
     const release = readFileSync(join(tree, 'release'), 'utf8').trim();
-    return { image: join(tree, 'vmlinuz'), release, modulesFolder: join(tree, 'lib/modules') };
+    return {
+      image: join(tree, 'vmlinuz'),
+      plain: join(tree, 'vmlinux'),
+      release,
+      modulesFolder: join(tree, 'lib/modules'),
+    };
   } catch (cause) {
     throw new Error(`kernel ${name} is not in ${tree}: run scripts/kernels.sh ${name}`, { cause });
   }

@@ -24,6 +24,7 @@ import { type CommandResult, GuestCommand } from './command.ts';
 import { findComplaints, findLeaks } from './console.ts';
 import { makeSparseFile } from './host.ts';
 import { buildInitrd, shellQuote } from './initrd.ts';
+import { plainKernel } from './plain-kernel.ts';
 import { Qmp } from './qmp.ts';
 
 /** How a disk is attached to its guest. */
@@ -347,7 +348,14 @@ export class Guest {
       ...['-smp', String(options.cpus ?? 2), '-m', String(memoryMiB)],
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       ...['-chardev', 'socket,id=qmp,fd=3', '-mon', 'chardev=qmp,mode=control'],
-      ...['-kernel', kernel.image, '-initrd', initrd, '-append', cmdline],
+      ...[
+        '-kernel',
+        plainKernel(kernel.image, kernel.plain),
+        '-initrd',
+        initrd,
+        '-append',
+        cmdline,
+      ],
       ...['-fsdev', 'local,id=root,path=/,security_model=none,readonly=on,multidevs=remap'],
       ...['-device', 'virtio-9p-pci,fsdev=root,mount_tag=hostroot', '-device', 'virtio-rng-pci'],
       ...[
