@@ -1629,8 +1629,7 @@ int stb_persist_place(struct stillblock_place *args)
 			t->kept = STILLBLOCK_HISTORY_OK;
 		}
 		place_release();
-		if (args->history)
-			place.refusal = args->history;
+		place.refusal = args->history ?: STILLBLOCK_HISTORY_NO_PLACE;
 		break;
 	case 0:
 	case STILLBLOCK_PLACE_FORMAT:

@@ -116,12 +116,14 @@ async function setPlace(control: ControlDevice, file: StoreFile, log: Logger): P
  * Sets the place, or holds it fast.
  *
  * @param now how it does
+ * @param plan the plan's file
  * @param same whether that is this file, by the plan
  */
 async function hold(
   control: ControlDevice,
   file: StoreFile,
   now: PlaceState,
+  plan: string,
   same: boolean,
   log: Logger,
 ): Promise<PlaceState> {
@@ -130,6 +132,8 @@ async function hold(
   }
   if (now.set && now.held) {
     // Another place is configured: histories go on in memory, and are kept there from now on.
+    // By the plan the rule of udev would set the old one again.
+    await rm(plan, { force: true });
     await control.dropPlace();
   }
   return setPlace(control, file, log);
@@ -190,7 +194,7 @@ export async function keepHistories(
   const file = await openStore(path, 0);
   try {
     const place = await placeLine(control, file);
-    const state = await hold(control, file, now, before.startsWith(place), log);
+    const state = await hold(control, file, now, planOf(setting), before.startsWith(place), log);
     const plan = await planText(control, setting, place);
     if (before !== plan) {
       await replaceFile(planOf(setting), plan);

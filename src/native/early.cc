@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // stillblock-early PLAN [NODE]: sets the place of the histories and tracks the devices of a plan,
 // as far as they are there, before anything is mounted: all, or the one of a node. For an
-// initramfs and for udev. What is set and tracked already stays; src/history.ts writes the plan.
+// initramfs and for udev. What is set and tracked already stays, and a place that was refused
+// once in this boot is the daemon's to set; src/history.ts writes the plan.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -84,7 +85,8 @@ std::map<std::string, std::string> FindNodes() {
 void SetPlace(int control, const Plan& plan, const std::map<std::string, std::string>& nodes) {
   struct stillblock_place place = {};
   place.flags = STILLBLOCK_PLACE_QUERY;
-  if (ioctl(control, STILLBLOCK_IOC_PLACE, &place) != 0 || (place.flags & STILLBLOCK_PLACE_SET)) {
+  if (ioctl(control, STILLBLOCK_IOC_PLACE, &place) != 0 || (place.flags & STILLBLOCK_PLACE_SET) ||
+      place.history != STILLBLOCK_HISTORY_NO_PLACE) {
     return;
   }
   auto found = nodes.find(plan.place);

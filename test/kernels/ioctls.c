@@ -17,6 +17,7 @@
  *   place file:PATH:DEVICE [format]  the same; the file is held fast
  *   place at:DEVICE:OFFSET+LENGTH[,...]   the same, by what "extents" said
  *   place query, place drop          the same
+ *   place refuse                     the same; dropped as one above a device
  *   extents PATH                     "ok OFFSET+LENGTH[,...]"
  *   take NAME [trackers=ID,...] [mounts=PATH,...] [stores=KIND:VALUE,...]
  *        [freeze=MS] [low=BYTES]     "ok IMAGE..."; stores are memory:BYTES,
@@ -319,6 +320,9 @@ static void place(char *text, bool format)
 		args.flags = STILLBLOCK_PLACE_QUERY;
 	} else if (!strcmp(text, "drop")) {
 		args.flags = STILLBLOCK_PLACE_DROP;
+	} else if (!strcmp(text, "refuse")) {
+		args.flags = STILLBLOCK_PLACE_DROP;
+		args.history = STILLBLOCK_HISTORY_PLACE_ABOVE;
 	} else if (device && !strncmp(text, "at:", 3)) {
 		*device++ = '\0';
 		args.bdev_fd = open(path + 1, O_RDONLY | O_CLOEXEC);
