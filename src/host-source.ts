@@ -100,15 +100,31 @@ function toOffered(
   };
 }
 
-/** Why a daemon was not reached, as far as TLS and the network say. */
-function explainCall(error: unknown): unknown {
+const SAME_AUTHORITY =
+  'look whether both certificates are of the same CA, not expired, and name it as it is called here';
+
+/**
+ * Why a daemon was not reached, as far as TLS and the network say.
+ *
+ * @param stranger where we are told apart by a certificate, and it has not answered us before
+ */
+function explainCall(error: unknown, stranger: string | undefined): unknown {
   const cause = error instanceof StillblockError ? error.cause : undefined;
   const code = cause instanceof Error && 'code' in cause ? String(cause.code) : '';
   if (/CERT|TLS|SSL|VERIFY|SELF_SIGNED/.test(code)) {
     return new StillblockError(
       'TLS_FAILED',
       `the daemon and we do not agree on TLS: ${cause instanceof Error ? cause.message : code}`,
-      'look whether both certificates are of the same CA, not expired, and name it as it is called here',
+      SAME_AUTHORITY,
+      { cause },
+    );
+  }
+  // That is how a server in TLS 1.3 turns down whom it does not know.
+  if (code === 'ECONNRESET' && stranger !== undefined) {
+    return new StillblockError(
+      'TLS_FAILED',
+      `${stranger} has closed the connection: it may not know our certificate`,
+      SAME_AUTHORITY,
       { cause },
     );
   }
@@ -131,6 +147,8 @@ export class HostSource implements PullSource {
   readonly #api: Api;
   readonly #request: HostRequest;
   #backup: BackupDescription | undefined;
+  /** The server has answered before. */
+  #isKnown = false;
   /** A snapshot was asked for, and nothing has been heard of it. */
   #isAsked = false;
 
@@ -153,7 +171,9 @@ export class HostSource implements PullSource {
     const late = AbortSignal.timeout(stallMs);
     try {
       const ends = signal === undefined ? late : AbortSignal.any([signal, late]);
-      return await this.#api.call(operation, input, ends);
+      const answer = await this.#api.call(operation, input, ends);
+      this.#isKnown = true;
+      return answer;
     } catch (error) {
       if (late.aborted && signal?.aborted !== true) {
         throw new StillblockError(
@@ -163,7 +183,7 @@ export class HostSource implements PullSource {
           { cause: error },
         );
       }
-      throw explainCall(error);
+      throw explainCall(error, this.#isKnown ? undefined : host);
     }
   }
 

@@ -146,6 +146,8 @@ Opens a port of localhost for each disk, writes the XML, prints the command for 
 and runs until Ctrl-C. virt-v2v knows neither export names nor TLS: a qemu-nbd for each
 disk stands between.
 
+Exit codes: 0 ended, 1 failed, 2 usage, 4 the store of the server's snapshot was full.
+
 Example:
   stillblock p2v --nbd nbds://192.0.2.7/sda --layout layout.json --name web1`,
     )

@@ -182,7 +182,8 @@ as it was. With HOST the snapshot is taken and ended, and its layout kept; with 
 somebody else does that. Changes that are not proven to fit the chain, as with --nbd, are
 compared while they are held, unless --no-verify.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 a full copy is required of some disk.
+Exit codes: 0 done, 1 failed, 2 usage, 3 a full copy is required of some disk, 4 the store
+of the server's snapshot was full.
 
 Examples:
   stillblock pull --tls-certificates /etc/pki/backup web1 /backup/web1

@@ -1,169 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-/**
- * `stillblock pull` from a control API: here a server of the test's own that answers as the
- * daemon does, over disks that are really served. The daemon itself is in test/vm.
- */
+/** `stillblock pull` from a control API. */
 import { randomUUID } from 'node:crypto';
 import { readdir, readFile } from 'node:fs/promises';
-import { createServer, type IncomingMessage } from 'node:http';
+import { createServer as createSecureServer } from 'node:https';
+import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
 import { StillblockError } from '../../src/errors.ts';
 import { chooseUri } from '../../src/host-source.ts';
-import { collectLayout } from '../../src/layout.ts';
 import { formatNbdUri } from '../../src/nbd-uri.ts';
+import {
+  Authority,
+  type Certificate,
+  clientTemplate,
+  conventionalFolder,
+  EXPIRED,
+  SERVER,
+} from '../nbd/certificates.ts';
 import { folder } from '../nbd/world.ts';
 import { Page } from '../pages.ts';
 import { run } from './clients.ts';
 import { commandOnPath } from './command.ts';
+import { Server } from './pull-server.ts';
 import {
   assertChain,
+  type Ended,
   errorOf,
-  type Instant,
-  Machine,
-  MIB,
   manifestOf,
   pullTest,
   soon,
   start,
   stillblock,
 } from './pulling.ts';
-
-interface Backup {
-  readonly id: string;
-  readonly checkpoint: string;
-  readonly instant: Instant;
-}
-
-/** A server: its disks, its checkpoints and the backups that it holds. */
-class Server {
-  readonly machine: Machine;
-  readonly socket: string;
-  readonly held: Backup[] = [];
-  readonly #ids = new Map<string, string>();
-  readonly checkpoints: string[] = [];
-  generation: string = randomUUID();
-  machineId = 'aaaa';
-  /** Name of a reason, once snapshots fail. */
-  failure: string | undefined;
-  /** From this request on, which it still does, it answers nothing: the network is cut. */
-  cutAt: string | undefined;
-  #isCut = false;
-  #t: ExecutionContext;
-
-  private constructor(t: ExecutionContext, machine: Machine, socket: string) {
-    this.#t = t;
-    this.machine = machine;
-    this.socket = socket;
-  }
-
-  static async start(t: ExecutionContext): Promise<Server> {
-    const machine = await Machine.make(t, { sda: 4 * MIB, sdb: 2 * MIB });
-    const server = new Server(t, machine, join(await folder(t), 'control.sock'));
-    const http = createServer((request, response) => {
-      server.#answer(request).then(
-        ({ status, body }) => {
-          server.#isCut ||= server.cutAt === server.#asked(request);
-          if (server.#isCut) {
-            return;
-          }
-          response.writeHead(status, { 'content-type': 'application/json' });
-          response.end(JSON.stringify(body));
-        },
-        (error: unknown) => response.destroy(error as Error),
-      );
-    });
-    await new Promise<void>((resolve) => http.listen(server.socket, resolve));
-    t.teardown(() => http.close());
-    return server;
-  }
-
-  #asked({ method, url = '' }: IncomingMessage): string {
-    return `${method} ${url.split('/')[2]}`;
-  }
-
-  /** The network is there again. */
-  mend(): void {
-    this.cutAt = undefined;
-    this.#isCut = false;
-  }
-
-  async #answer(request: IncomingMessage): Promise<{ status: number; body: object }> {
-    const name = (request.url ?? '').split('/')[3] ?? '';
-    const pieces: string[] = [];
-    for await (const piece of request) {
-      pieces.push(String(piece));
-    }
-    if (this.#isCut) {
-      return { status: 500, body: {} };
-    }
-    switch (this.#asked(request)) {
-      case 'GET layout':
-        return { status: 200, body: { ...(await collectLayout([])), machine: this.machineId } };
-      case 'GET backups':
-        return {
-          status: 200,
-          body: { backups: this.held.map(({ id, checkpoint }) => ({ id, checkpoint })) },
-        };
-      case 'POST backups': {
-        const { checkpoint } = JSON.parse(pieces.join('')) as { checkpoint: string };
-        return { status: 201, body: await this.#begin(checkpoint) };
-      }
-      case 'DELETE backups': {
-        const index = this.held.findIndex(({ checkpoint }) => checkpoint === name);
-        const [backup] = this.held.splice(index, 1);
-        await backup?.instant.close();
-        const { failure } = this;
-        const failed =
-          failure === undefined ? { failed: false } : { failed: true, reason: failure };
-        return { status: 200, body: { checkpoint: name, ...failed } };
-      }
-      case 'DELETE checkpoints': {
-        this.checkpoints.splice(this.checkpoints.indexOf(name), 1);
-        for (const { since } of this.machine.disks.values()) {
-          since.delete(name);
-        }
-        return { status: 200, body: { deleted: name } };
-      }
-      default:
-        return { status: 404, body: {} };
-    }
-  }
-
-  async #begin(checkpoint: string): Promise<object> {
-    const earlier = [...this.checkpoints];
-    const instant = await this.machine.serve(this.#t, checkpoint);
-    const id = randomUUID();
-    this.#ids.set(checkpoint, id);
-    this.held.push({ id, checkpoint, instant });
-    this.checkpoints.push(checkpoint);
-    const { generation } = this;
-    const numberOf = (name: string): number => this.checkpoints.indexOf(name) + 1;
-    const disks = [...this.machine.disks.values()].map(({ name, data }) => ({
-      ...{ name, device: `/dev/${name}`, sizeBytes: data.length, image: '', full: [] },
-      ...{ generation, number: numberOf(checkpoint), incremental: earlier },
-    }));
-    const exports = disks.flatMap(({ name, sizeBytes }) => [
-      { name, disk: name, uris: instant.server.uris(name), sizeBytes },
-      ...earlier.map((since) => ({
-        ...{ name: `${name}@${since}`, disk: name, checkpoint: since, sizeBytes, generation },
-        ...{ uris: instant.server.uris(`${name}@${since}`), number: numberOf(since) },
-        checkpointId: this.#ids.get(since),
-      })),
-    ]);
-    const takenAt = '2026-01-01T00:00:00.000Z';
-    return {
-      id,
-      state: 'serving',
-      checkpoint,
-      pid: 1,
-      takenAt,
-      disks,
-      exports,
-      brokenCheckpoints: [],
-    };
-  }
-}
 
 pullTest('the server is asked for a snapshot, and let go of it', async (t) => {
   const server = await Server.start(t);
@@ -207,6 +75,7 @@ pullTest('what was of no use is not left on the server: checkpoints, snapshots',
 
   server.machineId = 'bbbb';
   const other = await stillblock(t, 'pull', '--full', '--checkpoint', 'three', socket, chain);
+  t.is(other.code, 1);
   t.is(errorOf(other), 'OTHER_MACHINE', other.stderr);
   t.deepEqual([server.checkpoints, server.held], [['one', 'two'], []]);
 });
@@ -307,6 +176,53 @@ pullTest('nobody answers on the control socket', async (t) => {
   const unnamed = await stillblock(t, 'pull', 'web1', join(home, 'chain'));
   t.is(unnamed.code, 2);
   t.regex(unnamed.stderr, /--tls-certificates/);
+});
+
+pullTest('the API by TLS: certificates that do not fit, and a name that nobody has', async (t) => {
+  const home = await folder(t);
+  const [ours, others] = [
+    await Authority.make(join(home, 'ours')),
+    await Authority.make(join(home, 'others')),
+  ];
+  const [client, stranger] = [
+    await ours.issue(clientTemplate('proxy')),
+    await others.issue(clientTemplate('stranger')),
+  ];
+  const folders = {
+    other: await conventionalFolder(join(home, 'other'), others, { client: stranger }),
+    unknown: await conventionalFolder(join(home, 'unknown'), ours, { client: stranger }),
+    good: await conventionalFolder(join(home, 'good'), ours, { client }),
+  };
+  const serve = async (certificate: Certificate): Promise<number> => {
+    const [ca = '', cert = '', key = ''] = await Promise.all(
+      [ours.certificate, certificate.certificate, certificate.key].map((path) => readFile(path)),
+    );
+    const api = createSecureServer({ ca, cert, key, requestCert: true });
+    await new Promise<void>((resolve) => api.listen(0, resolve));
+    t.teardown(() => api.close());
+    return (api.address() as AddressInfo).port;
+  };
+  const [port, expired] = [
+    await serve(await ours.issue(SERVER)),
+    await serve(await ours.issue([...SERVER, ...EXPIRED])),
+  ];
+  const pull = (certificates: string, host: string): Promise<Ended> =>
+    stillblock(t, 'pull', '--tls-certificates', certificates, host, join(home, 'chain'));
+  for (const [certificates, host] of [
+    [folders.other, `localhost:${port}`],
+    [folders.unknown, `localhost:${port}`],
+    [folders.good, `localhost:${expired}`],
+    [folders.good, `127.0.0.2:${port}`],
+  ] as const) {
+    const refused = await pull(certificates, host);
+    t.is(refused.code, 1);
+    t.is(errorOf(refused), 'TLS_FAILED', `${certificates} ${host} ${refused.stderr}`);
+    t.regex(refused.stderr, /look whether both certificates are of the same CA, not expired/);
+  }
+  const nobody = await pull(folders.good, 'no-such-host.invalid');
+  t.is(nobody.code, 1);
+  t.is(errorOf(nobody), 'NO_SERVER', nobody.stderr);
+  t.regex(nobody.stderr, /look for a typing error in its name/);
 });
 
 pullTest('what docs/pull.md says works, command by command', async (t) => {
