@@ -8,8 +8,18 @@ import { EXIT, StillblockError, usageError } from './errors.ts';
 import { errorLine, printJson } from './output.ts';
 import { makeProgram } from './program.ts';
 
+/** The words before the first option or argument that name a command. */
+function commandWords(command: Command, words: readonly string[]): readonly string[] {
+  const [first, ...rest] = words;
+  const child = command.commands.find((each) => each.name() === first);
+  return child === undefined ? [] : [child.name(), ...commandWords(child, rest)];
+}
+
 /** Help that was asked for is no error; help in place of a missing command is. */
-function fromCommander(error: CommanderError): StillblockError | undefined {
+function fromCommander(
+  error: CommanderError,
+  program: Command | undefined,
+): StillblockError | undefined {
   switch (error.code) {
     case 'commander.helpDisplayed':
     case 'commander.version':
@@ -17,15 +27,20 @@ function fromCommander(error: CommanderError): StillblockError | undefined {
     case 'commander.help':
       return usageError('a command is missing', 'choose one of the above');
     default: {
-      const message = error.message.replace(/^error: /, '').replaceAll('\n', ' ');
-      return usageError(message, 'see --help');
+      const message = error.message
+        .replace(/^error: /, '')
+        .replaceAll('\n', ' ')
+        .replace(/ is invalid\. (.)/, (_, letter: string) => ` is invalid: ${letter.toLowerCase()}`)
+        .replace(/\.$/, '');
+      const words = program === undefined ? [] : commandWords(program, argv.slice(2));
+      return usageError(message, `see ${['stillblock', ...words, '--help'].join(' ')}`);
     }
   }
 }
 
-function toError(error: unknown): StillblockError | undefined {
+function toError(error: unknown, program: Command | undefined): StillblockError | undefined {
   if (error instanceof CommanderError) {
-    return fromCommander(error);
+    return fromCommander(error, program);
   }
   if (error instanceof StillblockError) {
     return error;
@@ -61,13 +76,14 @@ stdout.on('error', () => {});
 stderr.on('error', () => {});
 
 let current: Command | undefined;
+let program: Command | undefined;
 try {
-  const program = await makeProgram(argv[2], (command) => {
+  program = await makeProgram(argv[2], (command) => {
     current = command;
   });
   await program.parseAsync(argv);
 } catch (thrown) {
-  const error = toError(thrown);
+  const error = toError(thrown, program);
   if (error !== undefined) {
     report(error, current);
     process.exitCode = error.exitCode;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /** `stillblock layout`: how this machine's disks are laid out. */
 import type { Command } from 'commander';
+import { StillblockError } from '../errors.ts';
 import { collectLayout, type MachineLayout } from '../layout.ts';
 import { printJson, printLine, printTable } from '../output.ts';
 import { formatSize } from '../sizes.ts';
@@ -19,7 +20,7 @@ function printLayout(layout: MachineLayout): void {
       content ?? tables.get(name) ?? '-',
       mountPoints.join(', '),
     ]),
-    'there are no such disks',
+    'there are no disks',
   );
   printLine(`firmware: ${firmware.kind}, boot entries: ${firmware.bootEntries.length}`);
   for (const { name, physicalVolumes, logicalVolumes } of volumeGroups) {
@@ -39,6 +40,13 @@ function printLayout(layout: MachineLayout): void {
 
 async function run(devices: readonly string[], options: CommonOptions): Promise<void> {
   const layout = await collectLayout(devices);
+  if (devices.length > 0 && layout.devices.length === 0) {
+    throw new StillblockError(
+      'NO_DISK',
+      `there is no disk ${devices.join(', ')} here`,
+      'see stillblock layout for those that there are',
+    );
+  }
   if (options.json === true) {
     printJson(layout);
   } else {

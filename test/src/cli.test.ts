@@ -56,7 +56,17 @@ interface Mistake {
 const MISTAKES: readonly Mistake[] = [
   { args: ['frobnicate'], code: 2, says: /unknown command 'frobnicate'/ },
   { args: ['--frobnicate'], code: 2, says: /unknown option '--frobnicate'/ },
-  { args: ['device', 'attach'], code: 2, says: /missing required argument 'DEV'/ },
+  {
+    args: ['device', 'attach'],
+    code: 2,
+    says: /missing required argument 'DEV': see stillblock device attach --help\n$/,
+  },
+  {
+    args: ['pull', '--parallel', '0'],
+    code: 2,
+    says: /argument '0' is invalid: it is a number from 1 to 64: see stillblock pull --help\n$/,
+  },
+  { args: ['layout', 'no-such-disk'], code: 1, says: /there is no disk no-such-disk here/ },
   { args: ['device', 'list', 'x'], code: 2, says: /too many arguments/ },
   { args: ['device', 'attach', '--block-size', 'x', '/dev/sda'], code: 2, says: /a size is/ },
   { args: ['backup', 'begin'], code: 2, says: /--checkpoint/ },
