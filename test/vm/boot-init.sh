@@ -1,17 +1,21 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # In a root made by boot-tree.ts: what stands between the initramfs and the tests. As process 1
-# (init=…) it does as little as that can be: udev, the network, and then it is the agent. As a
-# service of systemd (with an argument) it does the last two.
+# (init=…) it does as little as that can be: the network, udev for disks if the command line has
+# the word with_udev, and then it is the agent. As a service of systemd (with an argument) it
+# leaves udev alone.
 # /etc/stillblock-tests, written by boot-tree.ts, sets: agent, agent_port, path.
 . /etc/stillblock-tests
 if [ $# = 0 ]; then
     mount -o remount,rw /
-    /lib/systemd/systemd-udevd --daemon
-    udevadm trigger --type=subsystems --action=add
-    udevadm trigger --type=devices --action=add
-    udevadm settle
-    mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro hostroot /host
+    read -r line </proc/cmdline
+    case " $line " in
+    *' with_udev '*)
+        /lib/systemd/systemd-udevd --daemon
+        udevadm trigger --type=devices --subsystem-match=block --action=add
+        udevadm settle
+        ;;
+    esac
 fi
 mkdir -p /srv/data
 ip link set lo up

@@ -4,6 +4,7 @@
 
 import { chmodSync, copyFileSync, cpSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
+import { buildTool } from '../kernels/world.ts';
 import { cacheFolder, checkout, type KernelName, modulePath, stockKernel } from './checkout.ts';
 import { agentPort } from './guest.ts';
 import { runTool, type ToolResult } from './host.ts';
@@ -11,19 +12,27 @@ import { moduleClosure, shellQuote } from './initrd.ts';
 
 /** What an initramfs loads; the root has these, too, and nothing else. */
 const early = [
-  ...['virtio_pci', 'virtio_blk', 'virtio_net', '9pnet_virtio', '9p', 'ext4', 'xfs'],
+  ...['virtio_pci', 'virtio_blk', 'virtio_net', 'ext4'],
   // ext4 asks for it by name.
   'crc32c_generic',
 ];
-const late = ['dm_mod', 'dm_delay', 'virtio_scsi', 'sd_mod', 'loop'];
+const late = ['xfs', '9pnet_virtio', '9p', 'dm_mod', 'dm_delay', 'virtio_scsi', 'sd_mod', 'loop'];
 
-/** Where the host's root is in the guest. */
+/** Where the host's root is in the guest, once it is mounted; with systemd it always is. */
 export const hostRoot = '/host';
-const initPath = '/usr/lib/stillblock-tests/init';
+export const mountHostRoot: string = `mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro hostroot ${hostRoot}`;
+const testsFolder = '/usr/lib/stillblock-tests';
+const initPath = `${testsFolder}/init`;
+/** Requests to the module, as test/kernels/ioctls.c has them. */
+export const ioctlsPath: string = `${testsFolder}/ioctls`;
 
-/** Text for the kernel's command line: the root, and the tests' own process 1. */
-export const rootCmdline = 'root=/dev/vda ro rootfstype=ext4 fsck.mode=auto';
-export const initCmdline: string = `${rootCmdline} init=${initPath}`;
+/** Text for the kernel's command line: the root, and which process 1 (see boot-init.sh). */
+const rootCmdline = 'root=/dev/vda ro rootfstype=ext4 fsck.mode=auto';
+export const cmdlines: Readonly<Record<'bare' | 'udev' | 'systemd', string>> = {
+  bare: `${rootCmdline} init=${initPath}`,
+  udev: `${rootCmdline} init=${initPath} with_udev`,
+  systemd: rootCmdline,
+};
 
 /** Longest time for what is done in the tree, milliseconds. */
 const limitMs = 300_000;
@@ -38,7 +47,6 @@ Options=trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro
 WantedBy=local-fs.target
 `,
   'agent.service': `[Unit]
-RequiresMountsFor=${hostRoot}
 After=stillblock.service
 [Service]
 ExecStart=/bin/sh ${initPath} service
@@ -75,11 +83,13 @@ export class BootTree {
    * @param folder that is not there yet
    */
   static async make(folder: string, kernel: KernelName): Promise<BootTree> {
+    const ioctls = await buildTool('ioctls');
     const { release, modulesFolder } = stockKernel(kernel);
     await runTool('cp', ['-a', join(cacheFolder, 'toolchains/boot-bookworm'), folder]);
     const tree = new BootTree(folder, release);
     tree.#putModules(join(modulesFolder, release), kernel);
     tree.#putFiles(kernel);
+    tree.#copy(ioctls, ioctlsPath, 0o755);
     await runTool('depmod', ['-b', folder, release]);
     await tree.#run('systemctl', '-q', 'enable', ...['host.mount', 'agent', 'stillblock']);
     await tree.#run('systemctl', '-q', 'mask', 'apt-daily.timer', 'apt-daily-upgrade.timer');
@@ -142,9 +152,10 @@ export class BootTree {
     this.write('usr/bin/stillblock', `#!/bin/sh\nexec ${node} ${cli} "$@"\n`);
     chmodSync(this.path('usr/bin/stillblock'), 0o755);
     this.#copy(own('test/vm/boot-init.sh'), initPath, 0o755);
+    this.#copy(own('test/vm/agent.py'), `${testsFolder}/agent.py`);
     this.write(
       'etc/stillblock-tests',
-      `agent=${shellQuote(join(hostRoot, checkout, 'test/vm/agent.py'))}
+      `agent=${testsFolder}/agent.py
 agent_port=${agentPort}
 path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 `,
@@ -161,6 +172,24 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   async makeDisk(file: string, sizeBytes: number): Promise<void> {
     const size = `${sizeBytes / 1024}k`;
     await asRoot(['mke2fs', '-q', '-t', 'ext4', '-L', 'root', '-d', this.#folder, file, size]);
+  }
+
+  /**
+   * An initramfs by dracut, with our module of it as it is installed.
+   *
+   * @param plan as for `makeInitrd`
+   * @returns what lsinitrd says is in it
+   */
+  async makeDracut(file: string, plan: string): Promise<string> {
+    this.write('var/lib/stillblock/boot-plan', plan);
+    const image = '/boot/dracut.img';
+    const drivers = early.join(' ');
+    await this.#run(
+      ...(['dracut', '--force', '--no-hostonly', '--gzip', '--kver', this.#release] as const),
+      ...(['--force-drivers', drivers, '--omit', 'plymouth', image] as const),
+    );
+    copyFileSync(this.path(image), file);
+    return this.#run('lsinitrd', image);
   }
 
   /**

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // A machine that boots from its own root (ext4) by an initramfs with our hook, and has a data
 // disk (XFS); boot after boot. Its copies of both disks are made from full copies and increments
-// alone, and compared with the disks' images; what has changed is compared with what QEMU wrote.
+// alone, and compared with the disks' images, outside, since an emulated processor takes long for
+// it; what has changed is compared with what QEMU wrote.
 
 import { closeSync, mkdtempSync, openSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Seen, seenHistories } from '../kernels/histories.ts';
-import { buildTool, Conversation, MiB } from '../kernels/world.ts';
-import { BootTree, hostRoot, initCmdline, rootCmdline } from './boot-tree.ts';
+import { Conversation, MiB } from '../kernels/world.ts';
+import { BootTree, cmdlines, hostRoot, ioctlsPath, mountHostRoot } from './boot-tree.ts';
 import type { KernelName } from './checkout.ts';
-import { bootGuest, type Guest, type GuestDisk } from './guest.ts';
+import { bootGuest, type Guest, type GuestDisk, type GuestOptions } from './guest.ts';
 import { makeSparseFile, runTool } from './host.ts';
 import { blocksOf, type LoggedWrite, logLength, readWriteLog } from './write-log.ts';
 
@@ -18,13 +19,22 @@ export const tracked = ['root', 'data'] as const;
 export type TrackedName = (typeof tracked)[number];
 export type Each<T> = Readonly<Record<TrackedName, T>>;
 
-export const sizes = { root: 512, data: 320, copyroot: 512, copydata: 320 } as const;
+export const sizes = {
+  root: 512,
+  data: 320,
+  copyroot: 512,
+  copydata: 320,
+  image: 512,
+  spare: 16,
+} as const;
 type DiskName = keyof typeof sizes;
 export const nodes: Readonly<Record<DiskName, string>> = {
   root: '/dev/vda',
   data: '/dev/vdb',
   copyroot: '/dev/vdc',
   copydata: '/dev/vdd',
+  image: '/dev/vde',
+  spare: '/dev/vdf',
 };
 const mounts: Each<string> = { root: '/', data: '/srv/data' };
 const blockBytes = 65_536;
@@ -45,11 +55,13 @@ export interface Increment {
 }
 
 export interface BootOptions {
-  /** systemd in place of the tests' own process 1. */
-  readonly systemd?: boolean;
+  /** What is process 1: the tests' own, alone or with udev, or systemd. */
+  readonly init?: 'bare' | 'udev' | 'systemd';
   /** Without the module: an initramfs that has nothing of ours. */
   readonly foreign?: boolean;
-  readonly killAfterMs?: number;
+  readonly kill?: GuestOptions['kill'];
+  /** By an initramfs with another plan; see `makeInitrd`. */
+  readonly initrd?: string;
 }
 
 const settings = `<stillblock>
@@ -62,17 +74,15 @@ const settings = `<stillblock>
 export class Boot {
   readonly guest: Guest;
   readonly #world: Booted;
-  readonly #ioctls: string;
   #module: Conversation | undefined;
 
-  constructor(guest: Guest, world: Booted, ioctls: string) {
+  constructor(guest: Guest, world: Booted) {
     this.guest = guest;
     this.#world = world;
-    this.#ioctls = ioctls;
   }
 
   get module(): Conversation {
-    this.#module ??= new Conversation(this.guest, hostRoot + this.#ioctls);
+    this.#module ??= new Conversation(this.guest, ioctlsPath);
     return this.#module;
   }
 
@@ -143,7 +153,9 @@ export class Boot {
         const unit = length % MiB === 0 && offset % MiB === 0 ? MiB : blockBytes;
         return `dd if=${image} of=${copy} bs=${unit} iflag=direct oflag=direct conv=notrunc status=none skip=${offset / unit} seek=${offset / unit} count=${length / unit}`;
       });
-      await this.guest.run(`set -e\n${copies.join('\n')}\ncmp ${image} ${copy}`);
+      const whole = `dd if=${image} of=${nodes.image} bs=1M iflag=direct oflag=direct status=none`;
+      await this.guest.run(['set -e', ...copies, whole].join('\n'));
+      await this.#world.compareCopy(name);
       if (since !== undefined) found[name] = this.#world.compareWithLog(name, ranges);
     }
     await this.module.require('close now');
@@ -163,7 +175,7 @@ export class Boot {
         `exec >/dev/console 2>&1
         kill -KILL -1
         while mountpoint -q /srv/data; do umount /srv/data || sleep 0.1; done
-        umount -l ${hostRoot}; until mount -o remount,ro /; do sleep 0.1; done
+        ! mountpoint -q ${hostRoot} || umount -l ${hostRoot}; until mount -o remount,ro /; do sleep 0.1; done
         exec systemctl --force --force reboot`,
     );
     this.#world.keepLogs();
@@ -179,9 +191,10 @@ interface LogPart {
 export class Booted {
   readonly kernel: KernelName;
   readonly #folder: string;
-  readonly #ioctls: string;
   readonly #initrd: string;
   #foreignInitrd = '';
+  #plan = '';
+  #tree: BootTree | undefined;
   readonly #points = new Map<TrackedName, Point>();
   /** Writes of boots that have ended, since the last point. */
   #ended: LogPart[] = [];
@@ -192,10 +205,9 @@ export class Booted {
   #bootMs = 0;
   #boot: Boot | undefined;
 
-  private constructor(kernel: KernelName, folder: string, ioctls: string) {
+  private constructor(kernel: KernelName, folder: string) {
     this.kernel = kernel;
     this.#folder = folder;
-    this.#ioctls = ioctls;
     this.#initrd = join(folder, 'initrd');
   }
 
@@ -209,7 +221,7 @@ export class Booted {
    */
   static async prepare(kernel: KernelName): Promise<Booted> {
     const folder = mkdtempSync(join(tmpdir(), 'stillblock-booted-'));
-    const world = new Booted(kernel, folder, await buildTool('ioctls'));
+    const world = new Booted(kernel, folder);
     try {
       await world.#prepare();
       return world;
@@ -221,18 +233,19 @@ export class Booted {
 
   async #prepare(): Promise<void> {
     const tree = await BootTree.make(this.file('tree'), this.kernel);
+    this.#tree = tree;
     tree.write('etc/stillblock/stillblock.xml', settings);
     this.#foreignInitrd = this.file('initrd-foreign');
     await tree.makeInitrd(this.#foreignInitrd, undefined);
     await tree.makeDisk(this.file('root'), sizes.root * MiB);
-    for (const name of ['data', 'copyroot', 'copydata'] as const) {
+    for (const name of ['data', 'copyroot', 'copydata', 'image', 'spare'] as const) {
       makeSparseFile(this.file(name), sizes[name] * MiB);
     }
     const first = await this.boot({ foreign: true });
     const { stdout: plan } = await first.guest.run(
       `set -e
       mkfs.xfs -q -K ${nodes.data}; echo '${nodes.data} /srv/data xfs defaults 0 0' >>/etc/fstab
-      mount /srv/data; modprobe stillblock
+      mount /srv/data; ${mountHostRoot}; modprobe stillblock
       mkdir -p /run/stillblock; stillblock serve >/run/log 2>&1 & daemon=$!
       until [ -s /var/lib/stillblock/boot-plan ] && [ -S /run/stillblock/control.sock ]; do
         kill -0 $daemon || { cat /run/log; exit 1; }; sleep 0.2
@@ -240,9 +253,21 @@ export class Booted {
       kill $daemon; wait $daemon || true
       cat /var/lib/stillblock/boot-plan`,
     );
+    this.#plan = plan;
     await tree.makeInitrd(this.#initrd, plan);
-    await runTool('rm', ['-rf', this.file('tree')]);
     await first.reboot();
+  }
+
+  /** What the daemon has written as plan. */
+  get plan(): string {
+    return this.#plan;
+  }
+
+  /** @returns the file of an initramfs by dracut, and what is in it */
+  async makeDracut(): Promise<{ readonly initrd: string; readonly content: string }> {
+    const initrd = this.file('dracut');
+    const content = await this.#tree?.makeDracut(initrd, this.#plan);
+    return { initrd, content: content ?? '' };
   }
 
   /** How long the last boot took to its agent's first word, milliseconds. */
@@ -270,6 +295,24 @@ export class Booted {
     };
   }
 
+  /** Where a page of the place is in the file of the root disk, by the plan. */
+  placeOffset(page: number): number {
+    let left = page * 4096;
+    const [, ...extents] = (this.#plan.split('\n')[0] ?? '').split(' ').slice(1);
+    for (const extent of extents) {
+      const [offset = 0, length = 0] = extent.split(':').map(Number);
+      if (left < length) return offset + left;
+      left -= length;
+    }
+    throw new Error(`the place has no page ${page}: ${this.#plan}`);
+  }
+
+  /** @returns the file of an initramfs with this plan */
+  async makeInitrd(name: string, plan: string): Promise<string> {
+    await this.#tree?.makeInitrd(this.file(name), plan);
+    return this.file(name);
+  }
+
   async boot(options: BootOptions = {}): Promise<Boot> {
     // Of a proof that failed.
     await this.#boot?.guest.kill();
@@ -283,15 +326,15 @@ export class Booted {
     const started = performance.now();
     const guest = await bootGuest({
       kernel: this.kernel,
-      initrd: options.foreign === true ? this.#foreignInitrd : this.#initrd,
+      initrd: options.foreign === true ? this.#foreignInitrd : (options.initrd ?? this.#initrd),
       // The console tells what the module does.
-      appendCmdline: `loglevel=7 ${options.systemd === true ? rootCmdline : initCmdline}`,
+      appendCmdline: `loglevel=7 ${cmdlines[options.init ?? 'bare']}`,
       disks,
       memoryMiB: 1024,
-      ...(options.killAfterMs === undefined ? {} : { killAfterMs: options.killAfterMs }),
+      ...(options.kill === undefined ? {} : { kill: options.kill }),
     });
     this.#bootMs = performance.now() - started;
-    this.#boot = new Boot(guest, this, this.#ioctls);
+    this.#boot = new Boot(guest, this);
     return this.#boot;
   }
 
@@ -344,6 +387,12 @@ export class Booted {
       readWriteLog(this.#logFile(name), marks?.[name].after);
     this.#ended.push({ writes: { root: of('root'), data: of('data') } });
     this.#marks = undefined;
+  }
+
+  /** The copy of a disk has to be what the disk `image` has been filled with. */
+  async compareCopy(name: TrackedName): Promise<void> {
+    const bytes = String(sizes[name] * MiB);
+    await runTool('cmp', ['-n', bytes, this.file('image'), this.file(`copy${name}`)]);
   }
 
   /**

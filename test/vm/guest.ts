@@ -71,8 +71,8 @@ export interface GuestOptions {
    * line says. Its agent is to say that it is ready, as agent.py does.
    */
   readonly initrd?: string;
-  /** QEMU is killed so long after its start, wherever its guest is then. */
-  readonly killAfterMs?: number;
+  /** QEMU is killed so long after its console has said this, wherever its guest is then. */
+  readonly kill?: { readonly word: string; readonly afterMs: number };
 }
 
 export interface RunOptions {
@@ -242,6 +242,7 @@ export class Guest {
   #console = '';
   #qemuErrors = '';
   #alive = true;
+  #killTimed = false;
   #consoleGrew: () => void = () => {};
 
   private constructor(options: GuestOptions, accelerator: Accelerator) {
@@ -263,15 +264,12 @@ export class Guest {
     }
     this.#qemu.stdout?.setEncoding('latin1').on('data', (text: string) => {
       this.#console += text;
+      this.#killAfterWord(options.kill);
       this.#consoleGrew();
     });
     this.#qemu.stderr?.setEncoding('utf8').on('data', (text: string) => {
       this.#qemuErrors += text;
     });
-    if (options.killAfterMs !== undefined) {
-      const timer = setTimeout(() => this.#qemu.kill('SIGKILL'), options.killAfterMs);
-      this.#qemu.once('close', () => clearTimeout(timer));
-    }
     this.#qmp = new Qmp(this.#qemu.stdio[3] as Duplex);
     this.#ended = new Promise((resolve) => {
       const end = (): void => {
@@ -392,6 +390,13 @@ export class Guest {
       ...['-blockdev', JSON.stringify(node)],
       ...['-device', JSON.stringify(diskDevice(name, bus))],
     ];
+  }
+
+  #killAfterWord(kill: GuestOptions['kill']): void {
+    if (kill === undefined || this.#killTimed || !this.#console.includes(kill.word)) return;
+    this.#killTimed = true;
+    const timer = setTimeout(() => this.#qemu.kill('SIGKILL'), kill.afterMs);
+    this.#qemu.once('close', () => clearTimeout(timer));
   }
 
   async #waitForAgent(limitMs: number): Promise<void> {

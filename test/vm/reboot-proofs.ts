@@ -3,28 +3,20 @@
 // with a machine that was shut down cleanly with a point that its copies are of, and leaves such
 // a one behind.
 
+import { closeSync, openSync, readSync, writeSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { ExecutionContext } from 'ava';
+import { Random } from '../fuzz/random.ts';
 import { history, type Seen } from '../kernels/histories.ts';
-import { type Boot, type Booted, type Each, tracked } from './booted.ts';
+import { type Boot, type Booted, type Each, nodes, tracked } from './booted.ts';
 import { bootGuest, GuestFailure } from './guest.ts';
+import { runTool } from './host.ts';
 
 /** Beside what was written: the pages of the place that count as written at each boot. */
 const slackBytes = 1024 * 1024;
 const workloadMs = 4_000;
-/** What a boot takes from its agent's first word to its end, beside the workload. */
-const afterBootMs = 12_000;
-
-/** Numbers from 0 to 1, by xorshift32, so that a seed is a run. */
-export function randomOf(seed: number): () => number {
-  let state = Math.imul(seed, 0x9e3779b1) | 1;
-  return () => {
-    state ^= state << 13;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    return (state >>> 0) / 2 ** 32;
-  };
-}
+/** The kernel's own word, before anything is tracked. */
+const loading = 'stillblock: loading';
 
 /** Each history was taken up, and is the one that the copies are of. */
 function assertTakenUp(t: ExecutionContext, world: Booted, seen: Each<Seen>, what: string): void {
@@ -121,19 +113,41 @@ export async function foreignWrite(t: ExecutionContext, world: Booted): Promise<
   await settleAfter(t, world, { root: history.ok, data: history.changed }, 'a foreign write');
 }
 
+/** The data disk is written to in another machine, which tracks it, too. */
+export async function movedDisk(t: ExecutionContext, world: Booted): Promise<void> {
+  const other = await bootGuest({
+    ...{ kernel: world.kernel, memoryMiB: 512 },
+    disks: world.disksFor('data'),
+  });
+  await other.loadModule();
+  const data = await other.disk('data');
+  await other.run(`mkdir -p /srv/data; mount ${data} /srv/data
+    dd if=/dev/urandom of=/srv/data/before conv=notrunc,fsync bs=4k count=1 status=none
+    umount /srv/data`);
+  await other.shutdown();
+  await settleAfter(t, world, { root: history.ok, data: history.changed }, 'a moved disk');
+}
+
 interface Killed {
   readonly console: string;
   /** The end had been asked for. */
   readonly ending: boolean;
 }
 
-/** Boots, works, and is about to end; QEMU is killed at some moment of that. */
-async function killSomewhere(world: Booted, killAfterMs: number): Promise<Killed> {
+/** When QEMU is killed: so long after a word of the console. */
+export interface Cut {
+  readonly what: string;
+  readonly word: string;
+  readonly afterMs: number;
+}
+
+/** Boots, works and ends; QEMU is killed at some moment of that. */
+async function workUntil(world: Booted, kill?: Cut): Promise<Killed> {
   let boot: Boot;
   try {
-    boot = await world.boot({ killAfterMs });
+    boot = await world.boot(kill === undefined ? {} : { kill });
   } catch (error) {
-    if (!(error instanceof GuestFailure)) throw error;
+    if (kill === undefined || !(error instanceof GuestFailure)) throw error;
     return { console: error.console, ending: false };
   }
   let ending = false;
@@ -145,38 +159,65 @@ async function killSomewhere(world: Booted, killAfterMs: number): Promise<Killed
     ending = true;
     await boot.reboot();
   };
-  // QEMU ends in the middle of it, or has ended by itself.
-  await work().catch(() => {});
+  await work().catch((error: unknown) => {
+    // QEMU ends in the middle of it, or has ended by itself.
+    if (kill === undefined) throw error;
+  });
   await boot.guest.ended;
   return { console: boot.guest.console(), ending };
 }
 
+/** @returns random moments between the module's load and the end of a boot, one per seed */
+export async function randomCuts(
+  t: ExecutionContext,
+  world: Booted,
+  seeds: readonly number[],
+): Promise<Cut[]> {
+  const restore = await world.saveDisks();
+  const stamps = (await workUntil(world)).console
+    .split('\n')
+    .flatMap((line) => (/^\[ *\d+\.\d+\]/.test(line) ? [line] : []));
+  await restore();
+  const secondsOf = (line = ''): number => Number(/\d+\.\d+/.exec(line)?.[0]);
+  const spanMs =
+    1000 * (secondsOf(stamps.at(-1)) - secondsOf(stamps.find((line) => line.includes(loading))));
+  t.log(`from the module's load to the end: ${spanMs.toFixed(0)} ms`);
+  return seeds.map((seed) => ({
+    what: `seed ${seed}`,
+    word: loading,
+    afterMs: new Random(seed).below(Math.round(spanMs)),
+  }));
+}
+
 /**
- * Power cuts at random moments, each from the same clean state: a full copy is required, unless
- * nothing was tracked yet or all was saved.
+ * Power cuts, each from the same clean state: a full copy is required, unless nothing was
+ * tracked yet or all was saved.
+ *
+ * @returns how often a full copy of each disk was required
  */
 export async function kills(
   t: ExecutionContext,
   world: Booted,
-  seeds: readonly number[],
-): Promise<void> {
+  cuts: readonly Cut[],
+): Promise<Each<number>> {
+  const full = { root: 0, data: 0 };
   const restore = await world.saveDisks();
-  // From QEMU's start to its end, if it is let alone.
-  const spanMs = world.bootMs + workloadMs + afterBootMs;
-  for (const seed of seeds) {
-    const killAfterMs = Math.round((0.3 + 0.7 * randomOf(seed)()) * spanMs);
-    const { console, ending } = await killSomewhere(world, killAfterMs);
+  for (const cut of cuts) {
+    const { console, ending } = await workUntil(world, cut);
     const boot = await world.boot();
     const seen = await boot.seen();
     for (const [index, name] of tracked.entries()) {
       const { takenUp, generation, began } = seen[name];
       const inUse = console.includes(`stillblock: ${['vda', 'vdb'][index]}: tracked`);
-      const what = `seed ${seed}, killed after ${killAfterMs} ms: ${name}`;
+      const what = `${cut.what}, killed after ${cut.afterMs} ms: ${name}`;
       const was = inUse ? (ending ? 'ending' : 'tracked') : 'not tracked yet';
       t.log(`${what}: ${was}: ${takenUp ? 'taken up' : `full, reason ${began}`}`);
       if (inUse && !ending) t.false(takenUp, what);
       t.is(generation === world.point(name)?.generation, takenUp, what);
-      if (!takenUp) t.is(began, history.notSaved, what);
+      if (!takenUp) {
+        full[name] += 1;
+        t.is(began, history.notSaved, what);
+      }
     }
     if (tracked.some((name) => seen[name].takenUp)) {
       await boot.settle();
@@ -185,4 +226,218 @@ export async function kills(
     await boot.guest.kill();
     await restore();
   }
+  return full;
+}
+
+/** Changes bytes of a page of the place, while the machine is off. */
+function tamper(world: Booted, page: number, change: (bytes: Buffer) => void): void {
+  const file = openSync(world.file('root'), 'r+');
+  const bytes = Buffer.alloc(4096);
+  const offset = world.placeOffset(page);
+  readSync(file, bytes, 0, bytes.length, offset);
+  change(bytes);
+  writeSync(file, bytes, 0, bytes.length, offset);
+  closeSync(file);
+}
+
+const flipBit = (at: number) => (bytes: Buffer) => bytes.writeUInt8(bytes.readUInt8(at) ^ 1, at);
+
+/** Seconds from the module's load to the last device that the initramfs attached, by the kernel. */
+function attachSeconds(console: string): number {
+  const stamps = (what: RegExp): number[] =>
+    console.split('\n').flatMap((line) => {
+      const [, stamp] = /^\[ *(\d+\.\d+)\]/.exec(line) ?? [];
+      return what.test(line) && stamp !== undefined ? [Number(stamp)] : [];
+    });
+  const [loaded = Number.NaN] = stamps(/ stillblock: loading out-of-tree module/);
+  return (stamps(/ stillblock: vd[ab]: tracked/).at(-1) ?? Number.NaN) - loaded;
+}
+
+const firstMapPage = 65;
+
+/** A place that is damaged, of another version, empty, missing: reasons, and no time is lost. */
+export async function badPlaces(t: ExecutionContext, world: Booted): Promise<void> {
+  const both = (reason: number): Each<number> => ({ root: reason, data: reason });
+  const rootAlone = { root: history.damaged, data: history.ok };
+  const gone = await world.makeInitrd(
+    'initrd-gone',
+    world.plan.replace(/^place \S+/, 'place gone'),
+  );
+  const cases: readonly [string, Each<number>, () => void, string?][] = [
+    ['as it was', both(history.ok), () => {}],
+    ['a bit of a map', rootAlone, () => tamper(world, firstMapPage, flipBit(100))],
+    ['a bit of a record', rootAlone, () => tamper(world, 1, flipBit(300))],
+    ['a bit of the header', both(history.placeDamaged), () => tamper(world, 0, flipBit(20))],
+    [
+      'another version',
+      both(history.placeVersion),
+      () => tamper(world, 0, (bytes) => bytes.writeUInt32LE(bytes.readUInt32LE(8) + 1, 8)),
+    ],
+    ['nothing', both(history.placeEmpty), () => tamper(world, 0, (bytes) => bytes.fill(0))],
+    ['missing', both(history.noPlace), () => {}, gone],
+  ];
+  const restore = await world.saveDisks();
+  let usual = 0;
+  for (const [what, expected, change, initrd] of cases) {
+    change();
+    const boot = await world.boot(initrd === undefined ? {} : { initrd });
+    const seen = await boot.seen();
+    for (const name of tracked) {
+      const { takenUp, began } = seen[name];
+      const isRight =
+        expected[name] === history.ok ? takenUp : began === expected[name] && !takenUp;
+      t.true(isRight, `${what}: ${name}: ${takenUp ? 'taken up' : began}`);
+    }
+    const seconds = attachSeconds(boot.guest.console());
+    usual ||= seconds;
+    t.log(`the place: ${what}: tracked after ${seconds.toFixed(2)} s`);
+    t.true(seconds < usual + 1, what);
+    await boot.guest.kill();
+    await restore();
+  }
+}
+
+/** A place that has room for one map: the other history is not kept, and that is said. */
+export async function fullPlace(t: ExecutionContext, world: Booted): Promise<void> {
+  let boot = await world.boot();
+  await boot.settle();
+  await boot.module.require('place drop');
+  // Header and records take 65 pages, and each map 2.
+  await boot.guest.run('fallocate -l 272K /root/small; sync');
+  const [extents = ''] = await boot.module.require('extents /root/small');
+  await boot.module.require('place file:/root/small:/dev/vda format');
+  let seen = await boot.seen();
+  t.is(seen.root.kept, history.ok);
+  t.is(seen.data.kept, history.placeFull);
+  await boot.checkpoint();
+  const place = `place serial:root ${extents.replaceAll(',', ' ').replaceAll('+', ':')}`;
+  const initrd = await world.makeInitrd('initrd-full', world.plan.replace(/^place .*/, place));
+  await boot.reboot();
+  boot = await world.boot({ initrd });
+  seen = await boot.seen();
+  t.like(seen.root, { takenUp: true, generation: world.point('root')?.generation });
+  t.like(seen.data, { takenUp: false, began: history.placeFull });
+  await boot.guest.run('mount /dev/vdb /srv/data');
+  await boot.module.require('place drop');
+  await boot.hold();
+  await boot.checkpoint();
+  await boot.reboot();
+}
+
+/** A place whose device hangs, or fails, when the machine goes down. */
+export async function hangingPlace(t: ExecutionContext, world: Booted): Promise<void> {
+  const ends: Readonly<Record<string, string>> = {
+    'does not hang': 'true',
+    hangs: 'dmsetup suspend --nolockfs slow',
+    fails:
+      'dmsetup suspend --nolockfs slow; dmsetup reload slow --table "0 32768 error"; dmsetup resume slow',
+  };
+  let usualMs = 0;
+  let expected = history.ok as number;
+  for (const [what, last] of Object.entries(ends)) {
+    const boot = await world.boot({ init: 'udev' });
+    for (const [name, { takenUp, began }] of Object.entries(await boot.seen())) {
+      const isRight = expected === history.ok ? takenUp : !takenUp && began === expected;
+      t.true(isRight, `before a place that ${what}: ${name}: ${takenUp ? 'taken up' : began}`);
+    }
+    await boot.settle();
+    await boot.module.require('place refuse');
+    await boot.guest.run(
+      `modprobe dm_mod; dmsetup create slow --table "0 32768 linear ${nodes.spare} 0"; udevadm settle`,
+    );
+    // The rule for a new device sets no place again that was refused.
+    t.is((await boot.module.require('place query'))[0], '0');
+    await boot.module.require('place device:/dev/mapper/slow format');
+    const seen = await boot.seen();
+    for (const name of tracked) t.is(seen[name].kept, history.ok, name);
+    await boot.guest.run(last);
+    const started = performance.now();
+    await boot.reboot([/I\/O error, dev dm-/, /Buffer I\/O error on dev dm-/]);
+    const ms = performance.now() - started;
+    usualMs ||= ms;
+    t.log(`a place that ${what}: down after ${(ms / 1000).toFixed(1)} s`);
+    // save_timeout_ms, and what the host may take.
+    t.true(ms < usualMs + 5_000 + 2_000, what);
+    const kept = /stillblock: vd[ab]: history kept/.test(boot.guest.console());
+    t.is(kept, what === 'does not hang', what);
+    // The place of the plan was dropped.
+    expected = history.notSaved;
+  }
+  await settleAfter(t, world, { root: expected, data: expected }, 'a place that failed');
+}
+
+/** A disk of the plan that is plugged in later is tracked before anybody can mount it. */
+export async function lateDisk(t: ExecutionContext, world: Booted): Promise<void> {
+  const file = world.file('late');
+  await runTool('mke2fs', ['-q', '-t', 'ext4', file, '64M']);
+  let generation = '';
+  for (const round of [1, 2]) {
+    const boot = await world.boot({ init: 'udev' });
+    await boot.settle();
+    if (round === 1) {
+      await boot.guest.run('echo "device serial:late 0" >>/var/lib/stillblock/boot-plan; sync');
+    }
+    const node = await boot.guest.plug('late', file, 'raw', false);
+    await boot.guest.run('udevadm settle');
+    const late = (await boot.module.require('list')).at(-1)?.split(':') ?? [];
+    t.is((await boot.module.require('list')).length, 3);
+    const takenUp = (Number.parseInt(late[4] ?? '0', 16) & 8) !== 0;
+    t.deepEqual([takenUp, late[7]], [round === 2, String(history.ok)], late.join(' '));
+    if (round === 1) generation = late[5] ?? '';
+    else t.is(late[5], generation);
+    await boot.guest.run(
+      `mkdir -p /srv/late; mount ${node} /srv/late; dd if=/dev/urandom of=/srv/late/file bs=64k count=4 status=none; umount /srv/late`,
+    );
+    await boot.reboot();
+  }
+}
+
+const cliLimitMs = 600_000;
+
+/** systemd, the daemon and its commands in the place of the tests' own: two boots, one increment. */
+export async function systemdReboot(t: ExecutionContext, world: Booted): Promise<void> {
+  const told = async (boot: Boot, command: string): Promise<unknown> => {
+    const { stdout } = await boot.guest.run(`stillblock ${command} --json`, {
+      timeoutMs: cliLimitMs,
+    });
+    return JSON.parse(stdout);
+  };
+  let boot = await world.boot({ init: 'systemd' });
+  await boot.guest.run(
+    `until systemctl is-active -q stillblock srv-data.mount; do sleep 0.5; done
+    stillblock backup begin --checkpoint monday --store memory --store-size 64M -U /run/monday.sock && stillblock backup end`,
+    { timeoutMs: cliLimitMs },
+  );
+  await boot.checkpoint();
+  boot.startWorkload();
+  await delay(workloadMs);
+  await boot.reboot([], 'systemctl reboot');
+
+  boot = await world.boot({ init: 'systemd' });
+  await boot.guest.run(
+    'until systemctl is-active -q stillblock srv-data.mount; do sleep 0.5; done',
+  );
+  assertTakenUp(t, world, await boot.seen(), 'systemd');
+  t.like(await told(boot, 'checkpoint show monday'), {
+    disks: [
+      { name: 'root', next: 'incremental' },
+      { name: 'data', next: 'incremental' },
+    ],
+  });
+  t.like(await told(boot, 'status'), { lostAtReboot: [], begunAnew: [] });
+  await assertIncrements(t, boot, 'systemd');
+  await boot.reboot([], 'systemctl reboot');
+}
+
+/** The same by dracut's initramfs. */
+export async function dracutBoot(t: ExecutionContext, world: Booted): Promise<void> {
+  const { initrd, content } = await world.makeDracut();
+  for (const part of ['stillblock.ko', 'sbin/stillblock-early', 'etc/stillblock/boot-plan']) {
+    t.true(content.includes(part), part);
+  }
+  const boot = await world.boot({ initrd });
+  assertTakenUp(t, world, await boot.seen(), 'dracut');
+  await boot.settle();
+  await assertIncrements(t, boot, 'dracut');
+  await boot.reboot();
 }
