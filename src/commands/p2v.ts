@@ -8,13 +8,14 @@ import type { MachineLayout } from '../layout.ts';
 import type { Offer } from '../offer.ts';
 import { errorLine, printJson, printLine } from '../output.ts';
 import { Forwarder, formatDomain, libvirtArchitecture } from '../p2v.ts';
-import { type CommonOptions, collect, countOption, newCommand, sizeOption } from './common.ts';
+import { type CommonOptions, countOption, sizeOption } from './common.ts';
 import { endingSignal } from './pull.ts';
 import {
   certificatesOf,
   hostSource,
   nbdSource,
   newCheckpointName,
+  newSourceCommand,
   type SourceOptions,
 } from './source.ts';
 
@@ -117,17 +118,7 @@ async function run(host: string | undefined, options: P2vOptions): Promise<void>
 
 /** `stillblock p2v` */
 export function p2vCommand(): Command {
-  return newCommand('p2v', "offer a server's disks to virt-v2v on this machine")
-    .argument('[HOST]', 'its daemon: HOST[:PORT], or the path of its socket')
-    .option('--disk <NAME>', 'with HOST: a disk of it, repeatable (default: all)', collect)
-    .option(
-      '--store <PLACE>',
-      'with HOST: where old data goes there (default: it chooses)',
-      collect,
-    )
-    .option('--nbd-host <NAME>', 'with HOST: by which name its NBD server is reached')
-    .option('--nbd <[DISK=]URI>', 'a disk that is served, in their order, repeatable', collect)
-    .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
+  return newSourceCommand('p2v', "offer a server's disks to virt-v2v on this machine")
     .option('--name <NAME>', "of the new machine (default: the server's)")
     .option('--memory <SIZE>', "of the new machine (default: the server's, else 2G)", sizeOption)
     .option('--cpus <N>', "of the new machine (default: the server's)", countOption(1, 4096))
@@ -138,13 +129,12 @@ export function p2vCommand(): Command {
       ]),
     )
     .option('--xml <FILE>', 'where the domain XML goes (default: NAME.xml)')
-    .option('--tls-certificates <DIR>', 'ca-cert.pem, client-cert.pem and client-key.pem')
     .addHelpText(
       'after',
       `
-Opens a port of localhost for each disk, writes the XML, prints the command for virt-v2v,
-and runs until Ctrl-C. virt-v2v knows neither export names nor TLS: a qemu-nbd for each
-disk stands between.
+Opens a port of localhost for each disk, in the order of --nbd, writes the XML, prints the
+command for virt-v2v, and runs until Ctrl-C. virt-v2v knows neither export names nor TLS:
+a qemu-nbd for each disk stands between.
 
 Exit codes: 0 ended, 1 failed, 2 usage, 4 the store of the server's snapshot was full.
 

@@ -11,12 +11,13 @@ import { makeProgress, type Progress } from '../progress-bars.ts';
 import { type PullObserver, pull } from '../pull.ts';
 import type { PullMode } from '../pull-plan.ts';
 import { formatSize } from '../sizes.ts';
-import { type CommonOptions, collect, countOption, newCommand } from './common.ts';
+import { type CommonOptions, countOption } from './common.ts';
 import {
   certificatesOf,
   hostSource,
   nbdSource,
   newCheckpointName,
+  newSourceCommand,
   type SourceOptions,
 } from './source.ts';
 
@@ -177,8 +178,8 @@ async function run(
 
 const AFTER_HELP = `
 The first pull copies all of each disk, later ones what changed since. DIR gets one chain
-of qcow2 files per disk and a manifest. A pull that ends early, however, leaves the chain
-as it was. With HOST the snapshot is taken and ended, and its layout kept; with --nbd
+of qcow2 files per disk and a manifest. A pull that ends early, in whatever way, leaves the
+chain as it was. With HOST the snapshot is taken and ended, and its layout kept; with --nbd
 somebody else does that. Changes that are not proven to fit the chain, as with --nbd, are
 compared while they are held, unless --no-verify.
 
@@ -192,19 +193,9 @@ Examples:
 
 /** `stillblock pull` */
 export function pullCommand(): Command {
-  return newCommand('pull', "copy a server's disks into a chain of images")
-    .argument('[HOST]', 'its daemon: HOST[:PORT], or the path of its socket')
+  return newSourceCommand('pull', "copy a server's disks into a chain of images")
     .argument('[DIR]', "the chain's folder, made if it is not there")
-    .option('--disk <NAME>', 'with HOST: a disk of it, repeatable (default: all)', collect)
-    .option(
-      '--store <PLACE>',
-      'with HOST: where old data goes there (default: it chooses)',
-      collect,
-    )
-    .option('--nbd-host <NAME>', 'with HOST: by which name its NBD server is reached')
-    .option('--nbd <[DISK=]URI>', 'a disk that is served already, repeatable', collect)
     .option('--checkpoint <NAME>', 'name of this instant (default with HOST: by the time)')
-    .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
     .option('--full', 'copy all of every disk')
     .option('--full-if-needed', 'copy all of those disks whose changes are not known')
     .option('--verify', "compare each copy with the server's image while that is held")
@@ -212,7 +203,6 @@ export function pullCommand(): Command {
     .option('--compress', 'smaller files, by zstd')
     .option('--parallel <N>', 'disks at a time', countOption(1, 64), 4)
     .option('--timeout <SECONDS>', 'how long nothing may move', countOption(1, 86_400), 120)
-    .option('--tls-certificates <DIR>', 'ca-cert.pem, client-cert.pem and client-key.pem')
     .addHelpText('after', AFTER_HELP)
     .action(run);
 }

@@ -2,6 +2,7 @@
 /** Where commands on the proxy's side get a server's disks: from its daemon, or as they are served. */
 import { readFile } from 'node:fs/promises';
 import { resolve } from 'node:path';
+import type { Command } from 'commander';
 import { type DaemonAddress, remoteApi } from '../api-client.ts';
 import { requireCheckpointName } from '../checkpoints.ts';
 import { explain, StillblockError, usageError } from '../errors.ts';
@@ -11,6 +12,23 @@ import { NbdSource, parseNamedUri } from '../nbd-source.ts';
 import type { CertificateFolder } from '../nbd-uri.ts';
 import type { PullSource } from '../offer.ts';
 import { readClientCertificates } from '../tls.ts';
+import { collect, newCommand } from './common.ts';
+
+/** A command that gets a server's disks, with HOST and the options of {@link SourceOptions}. */
+export function newSourceCommand(name: string, summary: string): Command {
+  return newCommand(name, summary)
+    .argument('[HOST]', 'its daemon: HOST[:PORT], or the path of its socket')
+    .option('--disk <NAME>', 'with HOST: a disk of it, repeatable (default: all)', collect)
+    .option(
+      '--store <PLACE>',
+      'with HOST: where old data goes there (default: it chooses)',
+      collect,
+    )
+    .option('--nbd-host <NAME>', 'with HOST: by which name its NBD server is reached')
+    .option('--nbd <[DISK=]URI>', 'a disk that is served already, repeatable', collect)
+    .option('--layout <FILE>', 'with --nbd: what stillblock layout --json says there')
+    .option('--tls-certificates <DIR>', 'ca-cert.pem, client-cert.pem and client-key.pem');
+}
 
 /** The options that say where disks come from. */
 export interface SourceOptions {
