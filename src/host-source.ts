@@ -21,6 +21,8 @@ import {
 export interface HostRequest {
   /** As the user calls the server; undefined where its API is on this machine. */
   readonly host: string | undefined;
+  /** By which name its NBD server is reached, where what it says itself does not lead there. */
+  readonly nbdHost: string | undefined;
   readonly checkpoint: string;
   /** Disks by name; all if there are none. */
   readonly disks: readonly string[];
@@ -37,11 +39,22 @@ const LOOPBACK = /^(127\.|::1$|localhost$)/;
  * The URI by which an export is reached from here.
  *
  * @param host as the user calls the server; undefined if that is this machine
+ * @param nbdHost takes the place of the host in its URIs
  * @throws StillblockError if it is served to that machine alone
  */
-export function chooseUri(uris: readonly string[], host: string | undefined): NbdUri {
+export function chooseUri(
+  uris: readonly string[],
+  host: string | undefined,
+  nbdHost?: string,
+): NbdUri {
   const parsed = uris.map(parseNbdUri);
-  if (host === undefined) {
+  if (nbdHost !== undefined) {
+    for (const uri of parsed) {
+      if (uri.place.kind === 'tcp') {
+        return { ...uri, place: { ...uri.place, host: nbdHost } };
+      }
+    }
+  } else if (host === undefined) {
     const [first] = parsed;
     if (first !== undefined) {
       return first;
@@ -58,7 +71,7 @@ export function chooseUri(uris: readonly string[], host: string | undefined): Nb
   }
   throw new StillblockError(
     'NOT_SERVED_HERE',
-    `${host ?? 'the server'} serves its disks to itself alone`,
+    `${nbdHost ?? host ?? 'the server'} serves its disks to itself alone`,
     'let its NBD server listen on an address that is reached from here',
   );
 }
@@ -76,14 +89,14 @@ function historyOf(
 function toOffered(
   disk: DiskReport,
   { id, exports }: BackupDescription,
-  host: string | undefined,
+  { host, nbdHost }: HostRequest,
 ): Omit<OfferedDisk, 'identity'> {
   const own = exports.filter((each) => each.disk === disk.name);
   const image = own.find(({ checkpoint }) => checkpoint === undefined);
   return {
     name: disk.name,
     sizeBytes: disk.sizeBytes,
-    uri: chooseUri(image?.uris ?? [], host),
+    uri: chooseUri(image?.uris ?? [], host, nbdHost),
     history: historyOf(disk, id),
     full: disk.full,
     deltas: own.flatMap((each) =>
@@ -92,7 +105,7 @@ function toOffered(
         : [
             {
               checkpoint: each.checkpoint,
-              uri: chooseUri(each.uris, host),
+              uri: chooseUri(each.uris, host, nbdHost),
               history: historyOf(each, each.checkpointId),
             },
           ],
@@ -194,7 +207,7 @@ export class HostSource implements PullSource {
   }
 
   async begin(_since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer> {
-    const { checkpoint, disks, store, host, certificates, stallMs } = this.#request;
+    const { checkpoint, disks, store, certificates, stallMs } = this.#request;
     const layout = await this.#call(getLayout, {}, signal);
     const body = {
       checkpoint,
@@ -211,7 +224,7 @@ export class HostSource implements PullSource {
     this.#backup = backup;
     const offered: OfferedDisk[] = [];
     for (const disk of backup.disks) {
-      const known = toOffered(disk, backup, host);
+      const known = toOffered(disk, backup, this.#request);
       const identity = await exportIdentity(known.uri, { certificates, stallMs, signal });
       offered.push({ ...known, identity });
     }

@@ -124,6 +124,7 @@ export async function hostSource(
     stallMs,
   };
   const address = await daemonAddress(host, options);
-  const name = options.nbdHost ?? ('host' in address ? address.host : undefined);
-  return new HostSource(remoteApi(address), { ...request, host: name });
+  const name = 'host' in address ? address.host : undefined;
+  const names = { host: name, nbdHost: options.nbdHost };
+  return new HostSource(remoteApi(address), { ...request, ...names });
 }

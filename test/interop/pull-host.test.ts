@@ -257,12 +257,15 @@ pullTest('what docs/pull.md says works, command by command', async (t) => {
 
 test('an export is reached by the address that leads there', (t) => {
   const uris = ['nbd+unix:///sda?socket=/s', 'nbd://127.0.0.1:10809/sda', 'nbds://0.0.0.0:1/sda'];
-  const choose = (all: readonly string[], host?: string): string =>
-    formatNbdUri(chooseUri(all, host));
+  const choose = (all: readonly string[], host?: string, nbdHost?: string): string =>
+    formatNbdUri(chooseUri(all, host, nbdHost));
   t.is(choose(uris), 'nbd+unix:///sda?socket=/s');
   t.is(choose(uris, 'web1'), 'nbds://web1:1/sda');
   t.is(choose(uris, 'localhost'), 'nbd://127.0.0.1:10809/sda');
   t.is(choose([...uris, 'nbd://192.0.2.7:2/sda'].slice(3), 'web1'), 'nbd://192.0.2.7:2/sda');
+  // A server that listens on all addresses names those that it has, whatever is between.
+  t.is(choose(['nbds://10.0.2.15:3/sda'], '127.0.0.1', 'web1'), 'nbds://web1:3/sda');
+  t.is(choose(uris, undefined, 'web1'), 'nbd://web1:10809/sda');
   const alone = t.throws(() => chooseUri(uris.slice(0, 2), 'web1'), {
     instanceOf: StillblockError,
   });
