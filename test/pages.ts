@@ -28,7 +28,7 @@ export interface Block {
 }
 
 /** What only shows something, in contrast to commands and programs. */
-const SHOWS: ReadonlySet<string> = new Set(['text', 'xml', 'json']);
+const SHOWS: ReadonlySet<string> = new Set(['text', 'json']);
 
 /** All pages, as paths from the checkout. */
 export async function pageNames(): Promise<string[]> {

@@ -2,13 +2,15 @@
 /** Metrics of a real server, scraped as Prometheus scrapes them, after real clients. */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { access, stat, writeFile } from 'node:fs/promises';
+import { access, readFile, stat, writeFile } from 'node:fs/promises';
 import { request } from 'node:http';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { folder, pattern, soon } from '../nbd/world.ts';
+import { commandsOf, Page } from '../pages.ts';
+import { checkout } from '../vm/checkout.ts';
 import { run, tryRun } from './clients.ts';
 
 const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
@@ -160,6 +162,25 @@ h.shutdown()`,
     await end();
   });
 }
+
+test('the scrape of docs/numbers.md, and each metric that it speaks of', async (t) => {
+  const page = await Page.open('docs/numbers.md', import.meta.url);
+  const [command = ''] = page.takeAll().flatMap(commandsOf);
+  const { where, end } = await serve(t, await folder(t), '0');
+  const here = command.replace('http://127.0.0.1:9809/metrics', where);
+  t.not(here, command);
+  t.regex(await run('sh', ['-c', here]), /^stillblock_nbd_connections 0$/m);
+  await end();
+  const [document, source] = await Promise.all(
+    ['docs/numbers.md', 'src/prometheus.ts'].map((path) => readFile(join(checkout, path), 'utf8')),
+  );
+  const named = [...(document ?? '').matchAll(/stillblock_\w+/g)].map(([name]) => name);
+  t.true(named.length > 10);
+  t.deepEqual(
+    named.filter((name) => !source?.includes(`'${name}'`)),
+    [],
+  );
+});
 
 test('nothing but GET /metrics is answered, and the socket is private and goes', async (t) => {
   const home = await folder(t);

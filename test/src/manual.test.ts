@@ -7,6 +7,7 @@ import { promisify } from 'node:util';
 import test from 'ava';
 import type { Command } from 'commander';
 import { parseConfiguration } from '../../src/configuration.ts';
+import { manual } from '../../src/manual.ts';
 import { makeProgram } from '../../src/program.ts';
 
 const run = promisify(execFile);
@@ -39,6 +40,10 @@ function commandsOf(command: Command, above: readonly string[] = []): [string, C
     return child.commands.length === 0 ? [[words.join(' '), child]] : commandsOf(child, words);
   });
 }
+
+test('it is what scripts/manual.sh makes of the help', async (t) => {
+  t.is(readFileSync(PAGES[0] ?? '', 'utf8'), manual(await makeProgram()));
+});
 
 test('each command and option is in it; if not, run scripts/manual.sh', async (t) => {
   const text = await shown(PAGES[0] ?? '');
