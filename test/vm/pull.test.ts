@@ -119,7 +119,7 @@ test.serial('all of it, then what changed, proven by the server', async (t) => {
 
 test.serial('a pull that was killed: its snapshot goes with the next one', async (t) => {
   const killed = await sh(`${pull('--checkpoint cut --full')} >/run/cut & pid=$!
-    until [ -e ${chain}/pull.json ] || ! kill -0 $pid; do sleep 0.01; done
+    until grep -q '"snapshot":"' ${chain}/pull.json 2>/dev/null || ! kill -0 $pid; do sleep 0.01; done
     kill -9 $pid; wait $pid; ls ${chain}`);
   t.regex(killed.stderr, /Killed|^$/);
   t.false((await points()).some(({ checkpoint }) => checkpoint === 'cut'));
