@@ -31,8 +31,8 @@ packages=(
     gnutls-bin openssl
     # socket activation by its own tool
     systemd
-    # machines: who converts them, and what they are made of
-    virt-v2v dosfstools ovmf
+    # machines: who converts, inspects and runs them, and what they are made of
+    virt-v2v guestfish libvirt-daemon-driver-qemu dosfstools ovmf
     # Debian packages of our own, and what judges them
     debhelper dh-dkms dpkg-dev lintian
     # databases that hooks make ready, what reads manual pages, another shell
@@ -117,6 +117,7 @@ npm_packages
 [ $# -gt 0 ] || set -- 6.1
 "$checkout/scripts/kernels.sh" "$@"
 "$checkout/scripts/clients.sh"
+"$checkout/scripts/appliance.sh"
 boot_tree
 for kernel; do "$checkout/scripts/build-module.sh" "$kernel"; done
 addon

@@ -1,15 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-/** `stillblock p2v`: what it prints is what virt-v2v finds on its ports. */
-import { readFile, writeFile } from 'node:fs/promises';
+/** `stillblock p2v`: what it prints is what virt-v2v, libguestfs and libvirt find on its ports. */
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import type { ExecutionContext } from 'ava';
 import { folder } from '../nbd/world.ts';
+import { commandsOf, Page } from '../pages.ts';
+import { makeSparseFile, runTool } from '../vm/host.ts';
+import { guestfish, inspect, inspectionLimitMs } from '../vm/inspection.ts';
+import { LibvirtGuest } from '../vm/libvirt.ts';
 import { run, tryRun } from './clients.ts';
-import { errorOf, Machine, MIB, pullTest, soon, start, stillblock } from './pulling.ts';
+import {
+  errorOf,
+  Machine,
+  MIB,
+  pullTest,
+  type Running,
+  soon,
+  start,
+  stillblock,
+} from './pulling.ts';
 
 interface Serving {
   readonly event: string;
   readonly file: string;
   readonly disks: readonly { readonly disk: string; readonly port: number }[];
+}
+
+/** A guest with nothing but a boot sector, milliseconds. */
+const PATIENCE_MS = 180_000;
+
+/** Settles once p2v has opened its ports. */
+function serving(running: Running): Promise<Serving> {
+  const served = new Promise<Serving>((resolve) => {
+    running.process.stdout?.on('data', (piece: string) => {
+      if (piece.includes('"serving"')) {
+        resolve(JSON.parse(piece) as Serving);
+      }
+    });
+  });
+  return soon('its ports', served);
+}
+
+/** Offers a disk as p2v does. Returns the port of localhost. */
+async function offer(t: ExecutionContext, data: Buffer): Promise<number> {
+  const machine = await Machine.make(t, { sda: data.length });
+  machine.disk('sda').data = data;
+  await machine.serve(t, 'now');
+  const xml = join(await folder(t), 'web1.xml');
+  const running = start(t, 'p2v', '--name', 'web1', '--xml', xml, '--nbd', machine.uri('sda'));
+  const { disks } = await serving(running);
+  return disks[0]?.port ?? 0;
 }
 
 pullTest('each disk is the default export of a port of localhost, until it is ended', async (t) => {
@@ -24,14 +64,7 @@ pullTest('each disk is the default export of a port of localhost, until it is en
   await writeFile(layout, JSON.stringify({ ...known, firmware, networkCards: [card] }));
   const uris = ['sda', 'sdb'].flatMap((disk) => ['--nbd', machine.uri(disk)]);
   const running = start(t, 'p2v', '--xml', xml, '--layout', layout, ...uris);
-  const served = new Promise<Serving>((resolve) => {
-    running.process.stdout?.on('data', (piece: string) => {
-      if (piece.includes('"serving"')) {
-        resolve(JSON.parse(piece) as Serving);
-      }
-    });
-  });
-  const { disks, file } = await soon('its ports', served);
+  const { disks, file } = await serving(running);
   t.is(file, xml);
   const domain = await readFile(xml, 'utf8');
   await run('xmllint', ['--noout', xml]);
@@ -81,4 +114,74 @@ pullTest('p2v of what is not served, and of a machine without a name', async (t)
   t.regex(unnamed.stderr, /--name/);
   const nothing = await stillblock(t, 'p2v', '--name', 'x');
   t.is(nothing.code, 2);
+});
+
+/** A disk with a Debian that has no more than what tells that it is one. */
+async function smallDebian(t: ExecutionContext): Promise<Buffer> {
+  const home = await folder(t);
+  const content: Readonly<Record<string, string>> = {
+    'etc/os-release': 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nVERSION_ID="12"\nID=debian\n',
+    'etc/debian_version': '12.15\n',
+    'etc/hostname': 'web1\n',
+    'etc/fstab': 'LABEL=root / ext4 defaults 0 1\nLABEL=data /srv xfs defaults 0 2\n',
+    'var/lib/dpkg/status':
+      'Package: nginx\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1.22.1-9\nDescription: server\n\n',
+  };
+  const root = join(home, 'root');
+  for (const name of ['bin', 'boot', 'home', 'srv', 'usr']) {
+    await mkdir(join(root, name), { recursive: true });
+  }
+  await run('cp', ['/bin/true', join(root, 'bin')]);
+  for (const [name, text] of Object.entries(content)) {
+    await mkdir(join(root, name, '..'), { recursive: true });
+    await writeFile(join(root, name), text);
+  }
+  const disk = join(home, 'disk');
+  makeSparseFile(disk, 64 * MIB);
+  const table =
+    'label: gpt\nstart=1MiB, size=40MiB, type=linux\nstart=41MiB, size=20MiB, type=linux';
+  await runTool('bash', ['-c', 'echo "$1" | sfdisk -q "$2"', '-', table, disk]);
+  const offset = ['-E', `offset=${MIB}`];
+  await runTool('mke2fs', ['-q', '-t', 'ext4', '-L', 'root', '-d', root, ...offset, disk, '40M']);
+  await runTool('mke2fs', ['-q', '-L', 'data', '-E', `offset=${41 * MIB}`, disk, '20M']);
+  return readFile(disk);
+}
+
+pullTest('libguestfs finds the system that is on a port', async (t) => {
+  t.timeout(inspectionLimitMs);
+  const page = await Page.open('docs/p2v.md', import.meta.url);
+  t.deepEqual(commandsOf(page.take('guestfish')), [guestfish(10_809).join(' ')]);
+  t.deepEqual(page.left, []);
+  const stdout = await inspect(await offer(t, await smallDebian(t)), '/dev/sda1');
+  t.regex(stdout, /^\/dev\/sda1\nlinux\ndebian\n12\.15\nweb1\ndeb\n/);
+  t.regex(stdout, /^\/: \/dev\/sda1$/m);
+  t.regex(stdout, /^\/srv: \/dev\/sda2$/m);
+  t.regex(stdout, /app2_name: nginx\n/);
+});
+
+/** A disk whose boot sector writes to the serial line what stands in the disk's sector 2,048. */
+function bootable(said: string): Buffer {
+  const disk = Buffer.alloc(4 * MIB);
+  const machineCode = [
+    '31c0 8ed8 8ec0', // ax, ds, es: 0
+    'b442 be407c cd13', // the BIOS reads as the packet at 0x7c40 says
+    'be007e', // si: what was read
+    'ac 84c0 7406 baf803 ee ebf5', // each byte of it to 0x3f8, until a zero
+    'f4 ebfd', // halt
+  ];
+  disk.write(machineCode.join('').replaceAll(' ', ''), 0, 'hex');
+  const packet = Buffer.from('10000100007e0000', 'hex');
+  packet.copy(disk, 0x40);
+  disk.writeBigUInt64LE(2048n, 0x48);
+  disk.writeUInt16LE(0xaa55, 510);
+  disk.write(`${said}\0`, 2048 * 512);
+  return disk;
+}
+
+pullTest('libvirt starts a guest from a port', async (t) => {
+  const said = 'read from the export';
+  const port = await offer(t, bootable(`${said}\r\n`));
+  const guest = await LibvirtGuest.start(port, 64);
+  t.teardown(() => guest.end());
+  await t.notThrowsAsync(guest.waitForSerial(new RegExp(`^${said}\r$`, 'm'), PATIENCE_MS));
 });

@@ -13,7 +13,7 @@ import { checkout } from '../vm/checkout.ts';
 
 /** Pages of which not all blocks are run yet. */
 const WAITING: ReadonlySet<string> = new Set([
-  ...['README.md', 'docs/module.md', 'docs/p2v.md', 'docs/packages.md', 'docs/reboot.md'],
+  ...['README.md', 'docs/module.md', 'docs/packages.md', 'docs/reboot.md'],
   ...['docs/quick-start.md', 'docs/journeys.md', 'docs/numbers.md', 'docs/security.md'],
 ]);
 
