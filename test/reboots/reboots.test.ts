@@ -9,7 +9,7 @@ import {
   badPlaces,
   begin,
   cleanReboots,
-  dracutBoot,
+  dracutImage,
   foreignWrite,
   fullPlace,
   hangingPlace,
@@ -52,7 +52,7 @@ const proofs: Readonly<Record<string, (t: ExecutionContext, at: Booted) => Promi
   'ten clean reboots': (t, at) => cleanReboots(t, at, 10),
   'power cuts, the first five': cutsOf(0, 5),
   'power cuts, fifteen more': cutsOf(5, 15),
-  dracut: dracutBoot,
+  dracut: dracutImage,
 };
 
 for (const [what, proof] of Object.entries(proofs)) {

@@ -180,7 +180,7 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
    * @param plan as for `makeInitrd`
    * @returns what lsinitrd says is in it
    */
-  async makeDracut(file: string, plan: string): Promise<string> {
+  async makeDracut(plan: string): Promise<string> {
     this.write('var/lib/stillblock/boot-plan', plan);
     const image = '/boot/dracut.img';
     const drivers = early.join(' ');
@@ -188,7 +188,6 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
       ...(['dracut', '--force', '--no-hostonly', '--gzip', '--kver', this.#release] as const),
       ...(['--force-drivers', drivers, '--omit', 'plymouth', image] as const),
     );
-    copyFileSync(this.path(image), file);
     return this.#run('lsinitrd', image);
   }
 

@@ -263,11 +263,9 @@ export class Booted {
     return this.#plan;
   }
 
-  /** @returns the file of an initramfs by dracut, and what is in it */
-  async makeDracut(): Promise<{ readonly initrd: string; readonly content: string }> {
-    const initrd = this.file('dracut');
-    const content = await this.#tree?.makeDracut(initrd, this.#plan);
-    return { initrd, content: content ?? '' };
+  /** @returns what is in an initramfs by dracut */
+  async makeDracut(): Promise<string> {
+    return (await this.#tree?.makeDracut(this.#plan)) ?? '';
   }
 
   /** How long the last boot took to its agent's first word, milliseconds. */
