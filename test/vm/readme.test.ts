@@ -3,36 +3,49 @@
 // one guest: its disk is /dev/sda, and 192.0.2.7 is its own address. It has no udev, which
 // looks at each new disk and has its partitions found: nbd-client is followed by such a look.
 
-import { readFile } from 'node:fs/promises';
+import { execFile } from 'node:child_process';
+import { cp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { execPath } from 'node:process';
+import { promisify } from 'node:util';
 import test from 'ava';
-import { checkout } from './checkout.ts';
+import { commandsOf, Page } from '../pages.ts';
+import { checkout, stockKernel } from './checkout.ts';
 import { bootGuest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
 const limitMs = 240_000;
+const shell = promisify(execFile);
+/** Where the module is built as README.md has it, so that no other build is disturbed. */
+const built = join(checkout, 'build/readme');
 
-/** The block of the document that contains a text. */
-function blockWith(document: string, text: string): string {
-  const blocks = [...document.matchAll(/^```\n(.*?)^```$/gms)].map(([, block = '']) => block);
-  const found = blocks.find((block) => block.includes(text));
-  if (found === undefined) throw new Error(`README.md has no block with ${text}`);
-  return found;
+/** Builds the module by a command for the running machine, for the guest's kernel instead. */
+async function buildModule(command: string): Promise<void> {
+  const { release, modulesFolder } = stockKernel('6.1');
+  const headers = join(modulesFolder, '../../usr/src', `linux-headers-${release}`);
+  await rm(built, { recursive: true, force: true });
+  await cp(join(checkout, 'module'), join(built, 'module'), { recursive: true });
+  const here = command.replace('/lib/modules/$(uname -r)/build', shellQuote(headers));
+  await shell('sh', ['-ec', here], { cwd: built });
 }
 
 test('what README.md says works, command by command', async (t) => {
   t.timeout(15 * 60_000);
-  const document = await readFile(join(checkout, 'README.md'), 'utf8');
-  const session = blockWith(document, 'backup begin')
-    .split('\n')
-    .map((line) => line.replace(/^[#$] /, ''));
-  const clients = blockWith(document, 'nbdinfo --list')
-    .split('\n')
+  const page = await Page.open('README.md', import.meta.url);
+  const session = commandsOf(page.take('backup begin'));
+  const clients = commandsOf(page.take('nbdinfo --list'))
     // What to write for another file system is no command.
     .filter((line) => !line.includes('…'));
-  const control = blockWith(document, 'curl ').split('\n');
+  const control = commandsOf(page.take('curl '));
+  const [install = '', build = '', load = ''] = commandsOf(page.take('insmod '));
+  t.regex(install, /^apt-get install /);
+  const numbers = (await Page.open('docs/numbers.md', import.meta.url)).take('status');
+  const [begin = ''] = commandsOf(
+    (await Page.open('docs/security.md', import.meta.url)).take('backup begin'),
+  );
+  t.deepEqual(page.left, []);
+  const building = buildModule(build);
   const guest = await bootGuest({
     kernel: '6.1',
     disks: [
@@ -53,7 +66,8 @@ test('what README.md says works, command by command', async (t) => {
       mkfs.ext4 -q $(ls /dev/vda); mount /dev/vda /mnt/spare`,
       { timeoutMs: limitMs },
     );
-    await guest.loadModule();
+    await building;
+    await guest.run(`cd ${shellQuote(built)}; ${load}`);
     guest.start('exec stillblock serve 2>/run/serve.log');
     await guest.run('until [ -S /run/stillblock/control.sock ]; do sleep 0.2; done', {
       timeoutMs: limitMs,
@@ -70,6 +84,9 @@ test('what README.md says works, command by command', async (t) => {
       return output;
     };
     await run(session);
+    const status = await run(commandsOf(numbers));
+    t.regex(status, /^store .* used/m);
+    t.regex(status, /^sda: .* changed between monday and tuesday$/m);
     t.regex(await run(clients), /sda@monday/);
     t.is((await guest.run('cat /mnt/file')).stdout, 'tuesday\n');
     t.regex(await run(control), /"checkpoint":"tuesday"/);
@@ -81,6 +98,12 @@ test('what README.md says works, command by command', async (t) => {
       { timeoutMs: limitMs },
     );
     t.regex(stdout, /^Images are identical\.\n[1-9]/);
+    const [socket = ''] = begin.match(/\/run\/\S+\.sock/) ?? [];
+    const listed = await guest.run(
+      `set -e; ${begin} >&2; stat -c %a $(dirname ${socket}); nbdinfo --size "nbd+unix:///sda?socket=${socket}"`,
+      { timeoutMs: limitMs },
+    );
+    t.is(listed.stdout, `700\n${64 * MiB}\n`);
     await guest.shutdown();
   } finally {
     await guest.kill();
