@@ -264,7 +264,8 @@ class Reader {
     };
   }
 
-  history(element: XmlElement | undefined): HistorySettings {
+  /** @param wanted whether histories are kept unless it says otherwise */
+  history(element: XmlElement | undefined, wanted: boolean): HistorySettings {
     const attributes = ['keep', 'place', 'size'] as const;
     const history = element && check(this.#document, element, { attributes });
     const sizeBytes = history?.read('size', readSize, A_SIZE);
@@ -272,7 +273,7 @@ class Reader {
       history?.fail(`size is less than ${formatSize(MIN_PLACE_BYTES)}`, 'size');
     }
     return {
-      keep: history !== undefined && isYes(history.word('keep', YES_NO) ?? 'yes'),
+      keep: isYes(history?.word('keep', YES_NO) ?? (history || wanted ? 'yes' : 'no')),
       place: history?.read('place', readPath, A_PATH),
       sizeBytes,
     };
@@ -479,11 +480,12 @@ export function parseConfiguration(
   });
   const reader = new Reader(document);
   const found = reader.folders(settings.once('folders'), standard);
+  const devices = reader.devices(settings.once('devices'));
   return {
     folders: found,
     logLevel: reader.logLevel(settings.once('log')),
-    devices: reader.devices(settings.once('devices')),
-    history: reader.history(settings.once('history')),
+    devices,
+    history: reader.history(settings.once('history'), devices.length > 0),
     store: reader.store(settings.once('store')),
     nbd: reader.nbd(settings.once('nbd')),
     metrics: reader.metrics(settings.once('metrics')),

@@ -65,7 +65,15 @@ export interface DaemonStatus {
    * Tracked, and not to be after a reboot as they were before, though they are meant to be;
    * why, by name.
    */
-  readonly lostAtReboot: readonly { readonly device: string; readonly reason: string }[];
+  readonly lostAtReboot: readonly DeviceReason[];
+  /** Histories that began anew, and have no checkpoint yet: a full copy is due; why, by name. */
+  readonly begunAnew: readonly DeviceReason[];
+}
+
+/** A device, and why something is so of its change history, by name. */
+export interface DeviceReason {
+  readonly device: string;
+  readonly reason: string;
 }
 
 /** The part of the configuration that a daemon lives by. */
@@ -381,6 +389,7 @@ export class Daemon implements BackupHost {
     const module = this.control.info();
     const disks = await listDisks(this.control, this.#names);
     const backups = this.backups();
+    const kept = this.#settings.history.keep ? disks : [];
     return {
       module,
       trackedDevices: disks.length,
@@ -388,9 +397,12 @@ export class Daemon implements BackupHost {
       backup: backups[0] ?? null,
       backups,
       missingDevices: this.#missing,
-      lostAtReboot: (this.#settings.history.keep ? disks : [])
+      lostAtReboot: kept
         .filter(({ tracker }) => tracker.kept !== 'OK')
         .map(({ path, tracker }) => ({ device: path, reason: tracker.kept })),
+      begunAnew: kept
+        .filter(({ tracker }) => tracker.began !== 'FIRST' && tracker.number === 1)
+        .map(({ path, tracker }) => ({ device: path, reason: tracker.began })),
     };
   }
 

@@ -203,7 +203,7 @@ export const HISTORY_WORDS: Readonly<Record<string, Words>> = {
   },
   NO_PLACE: {
     message: 'there was no place where histories are kept over a reboot',
-    advice: 'configure <history/>, and install the initramfs hook: see docs/reboot.md',
+    advice: 'restart stillblock.service, and look at its log: see docs/reboot.md',
   },
   PLACE_EMPTY: {
     message: 'the place of the histories held none',

@@ -38,6 +38,7 @@ const SCHEMAS: Readonly<Record<string, Schema>> = {
     backups: listOf(named('Backup')),
     missingDevices: listOf(text),
     lostAtReboot: listOf(record({ device: text, reason: text })),
+    begunAnew: listOf(record({ device: text, reason: text })),
   }),
   Layout: {
     ...record({ machine: { type: ['string', 'null'] }, hostname: text, problems: listOf(text) }),

@@ -118,8 +118,8 @@ export function deviceCommand(): Command {
           'after',
           `
 Tracking goes on until "device detach" or the module is unloaded; after these the
-next backup of the device is a full one, and so it is after a reboot, unless
-<history/> is configured: "device list" tells what a reboot would end, and why.
+next backup of the device is a full one. A reboot ends it, too, unless the device is
+in <devices> of stillblock.xml: "device list" tells what it would end, and why.
 
 Examples:
   stillblock device attach /dev/sda

@@ -3,6 +3,7 @@
 import type { Command } from 'commander';
 import { withApi } from '../api-client.ts';
 import type { BackupDescription } from '../backup-report.ts';
+import type { DeviceReason } from '../daemon.ts';
 import { historyWords } from '../errors.ts';
 import { getStatus } from '../operations.ts';
 import { printJson, printLine } from '../output.ts';
@@ -17,21 +18,30 @@ function printState(backup: BackupDescription): void {
   }
 }
 
+/** One line for each reason. */
+function printReasons(all: readonly DeviceReason[], what: string): void {
+  for (const reason of new Set(all.map((each) => each.reason))) {
+    const devices = all.filter((each) => each.reason === reason);
+    const names = devices.map(({ device }) => device).join(', ');
+    printLine(`${names}: ${what}: ${historyWords(reason).message}`);
+  }
+}
+
 async function status(options: CommonOptions): Promise<void> {
   const found = await withApi(options, (api) => api.call(getStatus, {}));
   if (options.json === true) {
     printJson(found);
     return;
   }
-  const { module, trackedDevices, daemon, backups, missingDevices, lostAtReboot } = found;
+  const { module, trackedDevices, daemon, backups, missingDevices } = found;
+  const { begunAnew, lostAtReboot } = found;
   printLine(`module ${module.version}, tracked devices: ${trackedDevices}`);
   printLine(daemon === null ? 'no daemon' : `daemon ${daemon.pid}, since ${daemon.since}`);
   for (const device of missingDevices) {
     printLine(`${device} is configured, and not tracked: see the daemon's log`);
   }
-  for (const { device, reason } of lostAtReboot) {
-    printLine(`${device}: a reboot would end its change history: ${historyWords(reason).message}`);
-  }
+  printReasons(begunAnew, 'a full copy is due');
+  printReasons(lostAtReboot, 'a reboot would end the change history');
   if (backups.length === 0) {
     printLine('no backup is running');
   }

@@ -121,6 +121,9 @@ const GOOD: readonly (readonly [xml: string, expected: (found: Configuration) =>
   [one('<history keep="no"/>'), (c) => !c.history.keep],
   [one('<history/>'), (c) => c.history.keep],
   [one(''), (c) => !c.history.keep],
+  [one('<devices/>'), (c) => !c.history.keep],
+  [one('<devices><device path="/a"/></devices>'), (c) => c.history.keep],
+  [one('<devices><device path="/a"/></devices><history keep="no"/>'), (c) => !c.history.keep],
   [one('<history place="/h" size="1M"/>'), (c) => c.history.place === '/h'],
   [one('<store><memory share="0"/></store>'), (c) => c.store.memoryShare === 0],
   [

@@ -442,7 +442,7 @@ test('histories that a reboot would end, and an initramfs that comes too late', 
   const about = async (
     root: string,
     devices: readonly DeviceReport[],
-    settings = '<history/>',
+    settings = '<devices><device path="/dev/sda"/><device path="/dev/sdb"/></devices>',
   ): Promise<readonly string[]> => {
     const tracked = () => Promise.resolve(devices);
     const findings = await examine(parse(settings), { root, choose, tracked });
@@ -459,13 +459,25 @@ test('histories that a reboot would end, and an initramfs that comes too late', 
   const two = [device('sda', 'CONTAINER'), device('sdb', 'CONTAINER')];
   t.deepEqual(await about(bare, two), ['history of sda, sdb: warn']);
   t.deepEqual(await about(bare, two, '<history keep="no"/>'), ['histories: ok']);
+  t.deepEqual(await about(bare, two, ''), ['histories: ok']);
+  t.deepEqual(await about(bare, [device('sda', 'OK'), device('sdc', 'OK')]), [
+    'history of sdc: warn',
+    'histories: ok',
+    'initramfs: warn',
+  ]);
   const hooked = await machine(t, { ...hook });
   t.deepEqual(await about(hooked, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
   const image = `boot/initrd.img-${RELEASE}`;
   const planned = await machine(t, { ...hook, ...plan, [image]: '' });
+  const noImage = await machine(t, { ...hook, ...plan });
+  t.deepEqual(await about(noImage, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
   const late = new Date(Date.now() + 60_000);
   await utimes(join(planned, image), late, late);
   t.deepEqual(await about(planned, [device('sda', 'OK')]), ['histories: ok', 'initramfs: ok']);
-  await utimes(join(planned, image), new Date(0), new Date(0));
+  // Between the plan and the hook, whose time cannot be set.
+  await utimes(join(planned, 'var/lib/stillblock/boot-plan'), new Date(0), new Date(0));
+  await utimes(join(planned, image), new Date(1000), new Date(1000));
+  t.deepEqual(await about(planned, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
+  await utimes(join(planned, 'var/lib/stillblock/boot-plan'), late, late);
   t.deepEqual(await about(planned, [device('sda', 'OK')]), ['histories: ok', 'initramfs: warn']);
 });

@@ -66,7 +66,6 @@ export interface BootOptions {
 
 const settings = `<stillblock>
   <devices><device path="/dev/vda" name="root"/><device path="/dev/vdb" name="data"/></devices>
-  <history keep="yes"/>
 </stillblock>
 `;
 

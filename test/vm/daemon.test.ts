@@ -145,6 +145,9 @@ test.serial('it tracks what is configured, under the name that is configured', a
     body.devices.map(({ name, device }: { name: string; device: string }) => [name, device]),
     [['system', one]],
   );
+  // The root's overlay is no place for histories: the daemon goes on without them, and says so.
+  const lost = [{ device: one, reason: 'NO_PLACE' }];
+  t.like((await ask('GET', '/v1/status')).body, { lostAtReboot: lost, begunAnew: lost });
   const attached = await ask('POST', '/v1/devices', { devices: [two] });
   t.is(attached.status, 201);
   t.like(attached.body.devices[0], { name: nameOf(two), device: two, inSnapshot: false });
