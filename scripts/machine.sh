@@ -4,12 +4,13 @@
 #
 #   scripts/machine.sh [bookworm|trixie]...      (default: bookworm)
 #
-# $cache/machines/NAME/disk.qcow2 is a disk of 3 GiB, GPT, that boots by itself with BIOS
+# $cache/machines/NAME/disk.qcow2 is a disk of 2 GiB, GPT, that boots by itself with BIOS
 # (grub-pc in a partition of its own) and UEFI (its removable path): Debian's kernel with
 # an initrd of initramfs-tools, systemd, ext4, a login as root without a password on the
 # serial line, and the tests' agent (test/vm/agent.py) as a service. test/vm/machine.ts
-# boots copies of it. A machine that is there already needs no network; one that is made
-# needs root and some minutes, one of them for a boot under QEMU.
+# boots copies of it. tree/ beside it is its root as it was before its first boot, for what
+# an emulated processor is too slow for. A machine that is there already needs no network;
+# one that is made needs root and some minutes, one of them for a boot under QEMU.
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/archive.sh"
 . "$(dirname "$0")/toolchain.sh"
@@ -20,12 +21,12 @@ packages=(
     e2fsprogs xfsprogs fdisk lvm2 dosfstools
     # its boot loaders
     grub-pc-bin grub-efi-amd64-bin grub2-common
-    # what DKMS builds modules with
-    dkms linux-headers-amd64
+    # what DKMS builds modules with, and what signs them
+    dkms linux-headers-amd64 openssl mokutil
     # what the agent runs in
     python3-minimal
 )
-disk_mib=3072
+disk_mib=2048
 # Partitions, in MiB: GRUB's own, the EFI system partition, the root.
 efi_start_mib=2
 efi_mib=48
@@ -49,7 +50,8 @@ bootstrap() {
     [ "$suite" = bookworm ] || packages+=(nodejs)
     list=$(IFS=,; echo "${packages[*]}")
     debian_tree "a Debian $suite" "$suite" "$list" "$tree"
-    rm -rf "$tree"/var/lib/apt/lists/* "$tree/etc/machine-id"
+    # What gets old, and what nobody reads there.
+    rm -rf "$tree"/var/lib/apt/lists/* "$tree"/usr/share/{doc,info,locale,man}/* "$tree/etc/machine-id"
     # Filled at the first boot.
     : >"$tree/etc/machine-id"
 }
@@ -178,9 +180,9 @@ one() {
     disk
     finish
     recipe "$name" >"$work/recipe"
-    rm -rf "$tree" "$work/disk.raw" "$machine"
+    rm -rf "$machine"
     mkdir "$machine"
-    mv "$work/disk.qcow2" "$work/console" "$machine"
+    mv "$work/disk.qcow2" "$work/console" "$tree" "$machine"
     mv "$work/recipe" "$machine"
     say "machine $name: $(du -h "$machine/disk.qcow2" | cut -f1)"
 }

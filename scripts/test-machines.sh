@@ -7,6 +7,10 @@
 cd "$checkout"
 
 scripts/machine.sh bookworm
+packages=(stillblock stillblock-dkms)
+# The slowest to make, and of no source here.
+compgen -G 'build/packages/stillblock-node_*.deb' >/dev/null || packages+=(stillblock-node)
+scripts/package.sh "${packages[@]}"
 forget_removed
 results=$(mktemp)
 trap 'rm -f "$results"' EXIT

@@ -35,7 +35,14 @@ toolchain() {
 # in_toolchain NAME FOLDER[:ro]... -- COMMAND...: runs the command in a
 # toolchain, with these folders at their own places. The mounts end with it.
 in_toolchain() {
-    local root=$cache/toolchains/$1
+    local name=$1
+    shift
+    in_debian_tree "$cache/toolchains/$name" "$@"
+}
+
+# in_debian_tree ROOT FOLDER[:ro]... -- COMMAND...: the same in the Debian in ROOT.
+in_debian_tree() {
+    local root=$1
     shift
     # shellcheck disable=SC2016  # for the inner shell
     unshare --mount --propagation private bash -c '
