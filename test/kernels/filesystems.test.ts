@@ -8,13 +8,14 @@ import process from 'node:process';
 import test from 'ava';
 import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
+import { smallXfs } from '../vm/xfs.ts';
 import { askLimitMs, buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
 const kinds = ['ext4', 'xfs'] as const;
-const disks = { ext4: 96, xfs: 308, store: 424 } as const;
+const disks = { ext4: 96, xfs: 128, store: 240 } as const;
 /** More than both origins together, so that it cannot become full. */
-const memoryStoreMiB = 424;
+const memoryStoreMiB = 240;
 /** On each file system; they and the stressors leave the processor to the checkers. */
 const exercisers = 2;
 const checkLimitMs = 180_000;
@@ -53,7 +54,7 @@ test.before(async () => {
     modprobe -a xfs dm-snapshot loop
     mkdir -p /srv/ext4 /srv/xfs /run/image
     mkfs.ext4 -q -F ${node('ext4')}; mount ${node('ext4')} /srv/ext4
-    mkfs.xfs -q -K ${node('xfs')}; mount ${node('xfs')} /srv/xfs
+    ${smallXfs} -K ${node('xfs')}; mount ${node('xfs')} /srv/xfs
     mkdir /srv/ext4/stress /srv/xfs/stress
     truncate -s 64M /run/overlay; losetup /dev/loop5 /run/overlay`,
     { timeoutMs: checkLimitMs },

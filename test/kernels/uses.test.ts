@@ -12,10 +12,11 @@ import type { GuestCommand } from '../vm/command.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
 import { shellQuote } from '../vm/initrd.ts';
+import { smallXfs } from '../vm/xfs.ts';
 import { askLimitMs, buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
-const disks = { ext4: 48, xfs: 308, btrfs: 128, parted: 96, raw: 16, store: 420 } as const;
+const disks = { ext4: 48, xfs: 64, btrfs: 128, parted: 96, raw: 16, store: 240 } as const;
 type Name = keyof typeof disks;
 const storeBytes = 128 * MiB;
 const checkLimitMs = 180_000;
@@ -60,7 +61,7 @@ test.before(async () => {
     mkfs.ext4 -q -F -E nodiscard ${node('store')}; mount ${node('store')} /srv/store
     fallocate -l ${storeBytes} /srv/store/file
     mkfs.ext4 -q -F ${node('ext4')}; mount ${node('ext4')} /srv/ext4
-    mkfs.xfs -q -K ${node('xfs')}; mount ${node('xfs')} /srv/xfs
+    ${smallXfs} -K ${node('xfs')}; mount ${node('xfs')} /srv/xfs
     mkfs.btrfs -q ${node('btrfs')}; mount ${node('btrfs')} /srv/btrfs
     for fs in ext4 xfs btrfs; do dd if=/dev/urandom of=/srv/$fs/old bs=1M count=8 status=none; done
     printf 'start=1MiB, size=32MiB\\nstart=34MiB\\n' | sfdisk --quiet --label dos ${node('parted')}

@@ -25,7 +25,7 @@ const disks = {
   md: 96,
   files: 32,
   ext4: 64,
-  xfs: 304,
+  xfs: 96,
   btrfs: 160,
   store: 48,
   storedisk: 64,

@@ -13,6 +13,7 @@ import { checkout } from './checkout.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
+import { smallXfs } from './xfs.ts';
 
 const MiB = 1 << 20;
 const kernel = '6.1';
@@ -62,7 +63,7 @@ test.before(async () => {
     disks: [
       { name: 'origin', sizeBytes: 64 * MiB },
       { name: 'store', sizeBytes: 128 * MiB },
-      { name: 'xfs', sizeBytes: 320 * MiB },
+      { name: 'xfs', sizeBytes: 64 * MiB },
       { name: 'btrfs', sizeBytes: 128 * MiB },
       { name: 'path', sizeBytes: 24 * MiB },
       { name: 'volume', sizeBytes: 64 * MiB },
@@ -91,7 +92,7 @@ test.before(async () => {
     mapped mpatha ${path} 'multipath 0 0 1 1 round-robin 0 1 1 ${path} 1000'
     mkfs.ext4 -q -F ${origin}; mount ${origin} /srv/origin
     mkfs.ext4 -q -F ${store}; mount ${store} /srv/store
-    mkfs.xfs -q ${xfs}; mount ${xfs} /srv/xfs
+    ${smallXfs} ${xfs}; mount ${xfs} /srv/xfs
     mkfs.btrfs -q ${btrfs}; mount ${btrfs} /srv/btrfs
     fallocate -l 1M /srv/store/small
     dd if=/dev/urandom of=/srv/xfs/shared bs=1M count=16 status=none

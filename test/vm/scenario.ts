@@ -13,14 +13,14 @@ import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
 import { lastRecord } from './records.ts';
+import { smallXfs } from './xfs.ts';
 
 const MiB = 1 << 20;
 const nbdPort = 10809;
 const storeBytes = 256 * MiB;
-/** XFS refuses to be smaller than 300 MiB. */
 const disks = [
   { name: 'ext4', sizeBytes: 96 * MiB },
-  { name: 'lvm', sizeBytes: 308 * MiB },
+  { name: 'lvm', sizeBytes: 104 * MiB },
   { name: 'store', sizeBytes: 320 * MiB },
 ] as const;
 /** What lies in each file system before anything is snapped. */
@@ -105,7 +105,7 @@ async function prepareDisks(guest: Guest): Promise<readonly [Origin, Origin]> {
     mkfs.ext4 -q -F -E nodiscard ${partition}
     mount ${partition} /srv/ext4
     pvcreate -q ${lvm}; vgcreate -q vg0 ${lvm}; lvcreate -q -y -Wn -l 100%FREE -n data vg0
-    mkfs.xfs -q -K /dev/vg0/data
+    ${smallXfs} -K /dev/vg0/data
     mount /dev/vg0/data /srv/xfs
     mkfs.ext4 -q -F -E nodiscard -O ^has_journal ${store}
     mount ${store} /srv/store
