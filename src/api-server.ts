@@ -8,6 +8,7 @@ import { umask } from 'node:process';
 import { type FastifyError, type FastifyInstance, type FastifyReply, fastify } from 'fastify';
 import type { Logger } from 'pino';
 import { answerOf, statusOf } from './api-errors.ts';
+import { schemaController } from './api-validator.ts';
 import type { ApiListen } from './configuration.ts';
 import type { Daemon } from './daemon.ts';
 import { explain, StillblockError, usageError } from './errors.ts';
@@ -149,7 +150,7 @@ export function buildApi(
     bodyLimit: BODY_BYTES,
     logger: false,
     forceCloseConnections: 'idle',
-    ajv: { customOptions: { removeAdditional: false, coerceTypes: false } },
+    schemaController,
     serverFactory: (handler) => {
       const server = makeServer() as Server;
       server.on('request', handler);
