@@ -3,17 +3,23 @@
 // taken with the example hook, pulled over NBD, and what was pulled starts, is whole,
 // and lacks nothing that was committed before.
 
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import process from 'node:process';
 import test from 'ava';
 import { checkout, testKernel } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
 import { bootGuest, type Guest } from './guest.ts';
+import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const bin = '/usr/lib/postgresql/15/bin';
 const limitMs = 180_000;
+/** Leaves an emulated processor time for the rest. */
+const transactionsPerSecond = 20;
 /** With a checkpoint just before, this is what a busy moment leaves to replay, bytes. */
 const maxReplayBytes = 16 * MiB;
 
@@ -30,7 +36,41 @@ const sql = (socket: string, statement: string): string =>
 const sums = `SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers),
   (SELECT sum(bbalance) FROM pgbench_branches), (SELECT coalesce(sum(delta), 0) FROM pgbench_history)`;
 
-async function setUp(guest: Guest, data: string, wal: string): Promise<void> {
+const settings = `
+listen_addresses = ''
+unix_socket_directories = '/run/db'
+shared_buffers = 64MB
+# Without the hook there would be half an hour of WAL to replay.
+max_wal_size = 4GB
+checkpoint_timeout = 30min
+`;
+
+/**
+ * Makes the database on the host, where that takes seconds rather than minutes.
+ *
+ * @param folder is of the database's owner, or of ours when we are not root
+ * @returns an archive of `data` and `wal`
+ */
+async function makeDatabase(folder: string): Promise<string> {
+  const archive = join(folder, 'db.tar');
+  const script = `cd ${shellQuote(folder)}
+    ${bin}/initdb -D $PWD/data -X $PWD/wal -A trust -k -E UTF8 --locale=C --no-sync
+    printf '%s' "$1" >>data/postgresql.conf
+    ${bin}/pg_ctl -D data -w -t 120 -l log -o "-c unix_socket_directories=$PWD" start
+    ${bin}/pgbench -q -h "$PWD" -i -s 1 postgres
+    ${bin}/psql -X -q -h "$PWD" -d postgres -c 'CREATE EXTENSION amcheck'
+    ${bin}/pg_ctl -D data -w -m fast stop
+    tar -cf db.tar data wal`;
+  const shell = ['bash', '-ec', script, 'bash', settings] as const;
+  const root = process.getuid?.() === 0;
+  const owner = ['runuser', '-u', 'postgres', '--'] as const;
+  if (root) await runTool('chown', ['postgres:', folder]);
+  const [program = '', ...args] = root ? [...owner, ...shell] : shell;
+  await runTool(program, args);
+  return archive;
+}
+
+async function setUp(guest: Guest, data: string, wal: string, archive: string): Promise<void> {
   await guest.run(
     `set -e
     install -D -m 755 ${shellQuote(join(checkout, 'configs/hooks.d/postgresql'))} /etc/stillblock/hooks.d/postgresql
@@ -43,24 +83,14 @@ END
     mkdir -p /db/data /db/wal /run/db /run/pulled
     mount ${data} /db/data
     mount ${wal} /db/wal
-    chown postgres: /db/data /db/wal /run/db /run/pulled`,
-    { timeoutMs: limitMs },
-  );
-  await guest.run(
-    `set -e
+    mkdir /db/data/pg /db/wal/pg
+    tar -x --strip-components=1 -C /db/data/pg -f ${shellQuote(archive)} data
+    tar -x --strip-components=1 -C /db/wal/pg -f ${shellQuote(archive)} wal
+    ln -sfn /db/wal/pg /db/data/pg/pg_wal
+    chmod 700 /db/data/pg /db/wal/pg
+    chown -R postgres: /db/data /db/wal /run/db /run/pulled
     cd /
-    ${asOwner(`${bin}/initdb -D /db/data/pg -X /db/wal/pg -A trust -k -E UTF8 --locale=C --no-sync >/run/db.init`)}
-    # Without the hook there would be half an hour of WAL to replay.
-    cat >>/db/data/pg/postgresql.conf <<'END'
-listen_addresses = ''
-unix_socket_directories = '/run/db'
-shared_buffers = 64MB
-max_wal_size = 4GB
-checkpoint_timeout = 30min
-END
-    ${asOwner(`${bin}/pg_ctl -D /db/data/pg -w -t 120 -l /db/data/log start >/run/db.init`)}
-    ${asOwner(`${bin}/pgbench -q -h /run/db -i -s 1 postgres`)}
-    ${sql('/run/db', 'CREATE EXTENSION amcheck')}`,
+    ${asOwner(`${bin}/pg_ctl -D /db/data/pg -w -t 120 -l /db/data/log start >/run/db.init`)}`,
     { timeoutMs: limitMs },
   );
 }
@@ -81,6 +111,9 @@ const startPulled = `set -e
 
 test('a database under load is pulled, and what was pulled is whole', async (t) => {
   t.timeout(12 * 60_000);
+  const folder = await mkdtemp(join(tmpdir(), 'stillblock-postgresql-'));
+  t.teardown(() => rm(folder, { recursive: true, force: true }));
+  const archive = await makeDatabase(folder);
   const guest = await bootGuest({
     kernel: testKernel(),
     memoryMiB: 2560,
@@ -92,11 +125,11 @@ test('a database under load is pulled, and what was pulled is whole', async (t) 
   try {
     await guest.loadModule();
     const [data, wal] = await Promise.all([guest.disk('data'), guest.disk('wal')]);
-    await setUp(guest, data, wal);
+    await setUp(guest, data, wal, archive);
     const daemon: GuestCommand = guest.start(`exec ${cli} serve -v 2>&1`);
     await daemon.waitForOutput(/"msg":"ready"/, limitMs);
     const load = guest.start(
-      `cd /; exec ${asOwner(`${bin}/pgbench -n -h /run/db -c 4 -j 2 -T 3600 -P 1 postgres 2>&1`)}`,
+      `cd /; exec ${asOwner(`${bin}/pgbench -n -h /run/db -c 4 -j 2 -R ${transactionsPerSecond} -T 3600 -P 1 postgres 2>&1`)}`,
     );
     await load.waitForOutput(/progress: 3\./, limitMs);
     const count = async (socket: string): Promise<number> =>
