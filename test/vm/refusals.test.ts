@@ -8,8 +8,9 @@ import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
 import { checkout } from './checkout.ts';
+import { CommandLine } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
@@ -26,6 +27,8 @@ const usage = 2;
 const overflow = 4;
 
 let guest: Guest;
+/** Most of the commands; those that differ in more than their words are processes of their own. */
+let commands: CommandLine;
 /** Device nodes: an ext4 to snap, the store's disk, an XFS and a btrfs. */
 let origin = '';
 /** A disk whose volume holds a file system, one of 32 KiB, and one under a multipath device. */
@@ -112,28 +115,32 @@ test.after.always(async () => {
 });
 
 interface Refusal {
-  readonly command: string;
+  /** For a shell of the guest, or words for `commands`. */
+  readonly command: string | readonly string[];
   readonly code: number;
   readonly says: RegExp;
 }
 
 /** Runs the CLI, which must refuse with one line; what it says is the message. */
-async function assertRefused(
-  t: {
-    is: (a: unknown, b: unknown, m?: string) => boolean;
-    regex: (a: string, b: RegExp, m?: string) => boolean;
-  },
-  { command, code, says }: Refusal,
-): Promise<void> {
-  const result = await guest.run(command, { check: false, timeoutMs: cliLimitMs });
+async function assertRefused(t: ExecutionContext, { command, code, says }: Refusal): Promise<void> {
+  const result =
+    typeof command === 'string'
+      ? await guest.run(command, { check: false, timeoutMs: cliLimitMs })
+      : await commands.run(command, cliLimitMs);
   const all = `${command}\n${result.stdout}${result.stderr}`;
   t.is(result.code, code, all);
   t.regex(result.stderr, says, all);
   t.is(result.stderr.trimEnd().split('\n').length, 1, `more than one line:\n${all}`);
 }
 
-const begin = (rest: string): string =>
-  `${cli} backup begin --json -i 127.0.0.1 -p ${nbdPort} ${rest}`;
+const beginWords = (...rest: readonly string[]): string[] => [
+  ...['backup', 'begin', '--json', '-i', '127.0.0.1', '-p', String(nbdPort)],
+  ...rest,
+];
+const begin = (...rest: readonly string[]): string =>
+  `${cli} ${beginWords(...rest)
+    .map(shellQuote)
+    .join(' ')}`;
 
 /** What must be the same before and after a refusal. */
 const leftovers = (): Promise<string> =>
@@ -155,6 +162,7 @@ test.serial('without root it says so', async (t) => {
   await guest.loadModule();
   const command = `setpriv --reuid 65534 --regid 65534 --clear-groups ${cli} device attach ${origin}`;
   await assertRefused(t, { command, code: failed, says: /root|permi/i });
+  commands = new CommandLine(guest);
 });
 
 const devices = [
@@ -172,29 +180,34 @@ const devices = [
 
 for (const { what, device, says } of devices) {
   test.serial(`${what} is not attached`, async (t) => {
-    await assertRefused(t, { command: `${cli} device attach ${device}`, code: failed, says });
+    await assertRefused(t, { command: ['device', 'attach', device], code: failed, says });
   });
 }
 
 test.serial('an attached device is not attached again', async (t) => {
   await guest.run(`${cli} device attach ${origin}`, { timeoutMs: cliLimitMs });
-  const command = `${cli} device attach ${origin}`;
+  const command = ['device', 'attach', origin];
   await assertRefused(t, { command, code: failed, says: /already/i });
 });
 
 test.serial('what only user space can know is refused, too', async (t) => {
   await assertRefused(t, {
-    command: `${cli} device attach ${multipathPath}`,
+    command: ['device', 'attach', multipathPath],
     code: failed,
     says: /path of the multipath device \/dev\/mapper\/mpatha.*attach \/dev\/mapper\/mpatha/,
   });
   await assertRefused(t, {
-    command: `${cli} device attach ${tiny}`,
+    command: ['device', 'attach', tiny],
     code: failed,
     says: /smaller than one tracking block/,
   });
-  await guest.run(`${cli} device attach /dev/mapper/mpatha ${tracked}`, { timeoutMs: cliLimitMs });
-  await guest.run(`${cli} device detach /dev/mapper/mpatha`, { timeoutMs: cliLimitMs });
+  for (const command of [
+    ['device', 'attach', '/dev/mapper/mpatha', tracked],
+    ['device', 'detach', '/dev/mapper/mpatha'],
+  ]) {
+    const { code, stderr } = await commands.run(command, cliLimitMs);
+    t.is(code, 0, stderr);
+  }
 });
 
 const stores = [
@@ -222,18 +235,18 @@ for (const { what, store, says } of stores) {
   test.serial(`${what} is no store`, async (t) => {
     const before = await leftovers();
     const place = { ORIGIN: origin, XFS: xfsDevice, PATH: multipathPath }[store as string] ?? store;
-    const command = begin(`--checkpoint refused --store ${place}`);
+    const command = beginWords('--checkpoint', 'refused', '--store', place);
     await assertRefused(t, { command, code: failed, says });
     t.is(await leftovers(), before);
   });
 }
 
-for (const name of ['a/b', '../x', 'a b', "'<x>'", "''", '.']) {
-  test.serial(`a checkpoint is not named ${name}`, async (t) => {
+const memory = ['--store', 'memory', '--store-size', '16M'] as const;
+
+for (const name of ['a/b', '../x', 'a b', '<x>', '', '.']) {
+  test.serial(`a checkpoint is not named ${JSON.stringify(name)}`, async (t) => {
     const before = await leftovers();
-    const command = begin(
-      `--checkpoint '${name.replaceAll("'", '')}' --store memory --store-size 16M`,
-    );
+    const command = beginWords('--checkpoint', name, ...memory);
     await assertRefused(t, { command, code: usage, says: /checkpoint|name/i });
     t.is(await leftovers(), before);
   });
@@ -243,7 +256,8 @@ test.serial('a port in use is refused, and so is a checkpoint name that is taken
   const before = await leftovers();
   const holder = guest.start(`exec socat TCP-LISTEN:${nbdPort},bind=127.0.0.1,fork EXEC:cat`);
   await guest.run(`until ss -ltnH | grep -q :${nbdPort}; do sleep 0.05; done`);
-  const command = begin('--checkpoint taken --store memory --store-size 16M');
+  await commands.end(cliLimitMs);
+  const command = begin('--checkpoint', 'taken', ...memory);
   await assertRefused(t, { command, code: failed, says: /in use/i });
   holder.kill(15);
   await holder.wait(cliLimitMs);

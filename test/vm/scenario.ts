@@ -19,8 +19,8 @@ const MiB = 1 << 20;
 const nbdPort = 10809;
 const storeBytes = 256 * MiB;
 const disks = [
-  { name: 'ext4', sizeBytes: 96 * MiB },
-  { name: 'lvm', sizeBytes: 104 * MiB },
+  { name: 'ext4', sizeBytes: 72 * MiB },
+  { name: 'lvm', sizeBytes: 84 * MiB },
   { name: 'store', sizeBytes: 320 * MiB },
 ] as const;
 /** What lies in each file system before anything is snapped. */

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Many commands of stillblock in a guest, in one process there (one-process.ts).
+
+import { join } from 'node:path';
+import { checkout } from './checkout.ts';
+import type { CommandResult, GuestCommand } from './command.ts';
+import type { Guest } from './guest.ts';
+import { shellQuote } from './initrd.ts';
+
+const program = join(checkout, 'dist/test/vm/one-process.js');
+
+export class CommandLine {
+  readonly #process: GuestCommand;
+  #asked = 0;
+
+  constructor(guest: Guest) {
+    this.#process = guest.start(`exec node ${shellQuote(program)}`);
+  }
+
+  /**
+   * Runs `stillblock WORDS...`, once the one before has ended.
+   *
+   * @throws Error when it does not end within the limit, or ends the process
+   */
+  async run(words: readonly string[], limitMs: number): Promise<CommandResult> {
+    this.#process.write(`${JSON.stringify(words)}\n`);
+    this.#asked += 1;
+    const lines = new RegExp(`^(?:.*\\n){${this.#asked}}`);
+    const [all] = await this.#process.waitForOutput(lines, limitMs);
+    return JSON.parse(all.split('\n')[this.#asked - 1] ?? '') as CommandResult;
+  }
+
+  /** @throws Error when it does not end by itself */
+  async end(limitMs: number): Promise<void> {
+    this.#process.endInput();
+    const { code, stderr } = await this.#process.wait(limitMs);
+    if (code !== 0) throw new Error(`one-process.js ended with ${code}: ${stderr}`);
+  }
+}
