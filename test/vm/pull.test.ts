@@ -206,8 +206,17 @@ test.serial('targets in use are refused, each for its reason', async (t) => {
       before: `wipefs -aq ${target}; vgcreate -q vg ${target}; lvcreate -q -y -Wn -L 8M -n lv vg`,
     },
     {
-      ...{ code: 'TARGET_IN_USE', target, after: 'dmsetup remove --noudevsync on' },
-      before: `wipefs -aq ${target}; dmsetup create on --noudevsync --table '0 2048 linear ${target} 0'`,
+      ...{ code: 'TARGET_IN_USE', target },
+      before: `wipefs -aq ${target}; mdadm --create -q --run /dev/md9 --level=1 --raid-devices=2 --force ${target} missing`,
+      after: `mdadm --stop -q /dev/md9; mdadm --zero-superblock ${target}`,
+    },
+    {
+      ...{ code: 'TARGET_MOUNTED', target, after: 'umount /mnt' },
+      before: `mkfs.ext4 -qF ${target}; mount -o loop,ro ${target} /mnt`,
+    },
+    {
+      ...{ code: 'TARGET_IN_USE', target: '/run/raw', after: 'umount /mnt; rm /run/raw' },
+      before: 'truncate -s 64M /run/raw; mkfs.ext4 -q /run/raw; mount -o loop,ro /run/raw /mnt',
     },
     {
       ...{ code: 'TARGET_HELD', target, after: 'kill $(cat /run/holder)' },
@@ -222,13 +231,15 @@ test.serial('targets in use are refused, each for its reason', async (t) => {
   const commands = new CommandLine(guest);
   for (const { code, target: path, before = ':', after = ':' } of targets) {
     await guest.run(`set -e; ${before}`, { timeoutMs: limitMs });
-    const sectors = `sync; awk '{ print $7 }' /sys/class/block/${path.slice(5)}/stat`;
-    const early = await guest.run(sectors);
+    const written = path.startsWith('/dev/')
+      ? `sync; awk '{ print $7 }' /sys/class/block/${path.slice(5)}/stat`
+      : `sha256sum ${path}`;
+    const early = await guest.run(written);
     const refused = await commands.run(
       ['restore', '--json', '--yes', '--map', `system=${path}`, chain],
       limitMs,
     );
-    const late = await guest.run(sectors);
+    const late = await guest.run(written);
     // Mounted file systems write when they like to.
     if (path !== origin && path !== repo)
       t.is(late.stdout, early.stdout, `${code}: it was written to`);
