@@ -113,7 +113,7 @@ export async function foreignWrite(t: ExecutionContext, world: Booted): Promise<
   await settleAfter(t, world, { root: history.ok, data: history.changed }, 'a foreign write');
 }
 
-/** The data disk is written to in another machine, which tracks it, too. */
+/** The data disk is written to in another machine, which has the module, but does not track it. */
 export async function movedDisk(t: ExecutionContext, world: Booted): Promise<void> {
   const other = await bootGuest({
     ...{ kernel: world.kernel, memoryMiB: 512 },
