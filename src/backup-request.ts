@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What clients ask for in a begin, JSON or libvirt's XML, made a request that is whole. */
+import { randomUUID } from 'node:crypto';
 import { stat } from 'node:fs/promises';
 import { dirname, isAbsolute } from 'node:path';
 import type { InheritedSocket, ListenAddress } from '../nbd/server.ts';
@@ -22,6 +23,8 @@ import type { TlsPlan } from './tls.ts';
 
 /** The body of a begin. */
 export interface BeginBody {
+  /** UUID of this backup and its checkpoint; made up if absent. */
+  readonly id?: string;
   /** Name of this instant; with XML that of `checkpointXml`, or made up. */
   readonly checkpoint?: string;
   readonly description?: string | undefined;
@@ -172,6 +175,7 @@ export async function toBackupRequest(body: BeginBody): Promise<BackupRequest> {
   }
   const { server, store, disks = [], metrics } = body;
   return {
+    id: body.id ?? randomUUID(),
     checkpoint: name ?? madeUpName(),
     // libvirt's backup without a checkpoint leaves none.
     kept: name !== undefined || checkpoint !== undefined,

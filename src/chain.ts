@@ -43,10 +43,8 @@ export interface Journal {
   readonly checkpoint: string;
   /** Files of the folder that are its own until it is committed. */
   readonly files: readonly string[];
-  /** The server's snapshot that it holds, for who finds it dead. */
+  /** The server's snapshot that it holds or has asked for, for who finds it dead. */
   readonly snapshot: string | null;
-  /** A snapshot under the checkpoint's name was asked for, and its id is not known yet. */
-  readonly asked: boolean;
 }
 
 /** What became of a pull that did not end by itself. */
@@ -54,9 +52,8 @@ export interface Recovery {
   readonly checkpoint: string;
   /** Whether its point is in the chain; else the chain is as it was before. */
   readonly complete: boolean;
-  readonly snapshot: string | null;
   /** See {@link Journal}. */
-  readonly asked: boolean;
+  readonly snapshot: string | null;
 }
 
 function codeOf(error: unknown): string | undefined {
@@ -268,8 +265,8 @@ function parseJournal(text: string): Journal {
   ) {
     throw new SyntaxError('it says not what it made');
   }
-  const { checkpoint, files, snapshot = null, asked = false } = value;
-  return { checkpoint, files, snapshot, asked };
+  const { checkpoint, files, snapshot = null } = value;
+  return { checkpoint, files, snapshot };
 }
 
 /** A chain that is being written to. Whoever opened it closes it. */
@@ -468,12 +465,12 @@ async function recover(folder: string, manifest: Manifest): Promise<Recovery | u
     }
     throw explain(error, path);
   }
-  const { checkpoint, snapshot, asked } = journal;
+  const { checkpoint, snapshot } = journal;
   const complete = manifest.points.some((point) => point.checkpoint === checkpoint);
   const kept = new Set(manifest.points.flatMap(({ entries }) => entries.map(({ file }) => file)));
   const files = journal.files.filter((file) => !kept.has(file));
   await removeUncommitted(folder, { ...journal, files });
-  return { checkpoint, complete, snapshot, asked };
+  return { checkpoint, complete, snapshot };
 }
 
 /** A new chain begins in an empty folder: anything else may be a chain that lost its manifest. */

@@ -69,7 +69,8 @@ const MAX_NAME_LENGTH = 200;
 const STAGED_SUFFIX = '.xml.new';
 /** Generation of a disk that was set back to before the checkpoint: it has no history there. */
 const SET_BACK = '00000000-0000-0000-0000-000000000000';
-const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
+/** As {@link randomUUID} of Node writes one. */
+export const UUID: RegExp = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
 /** Whether a text is the name of a checkpoint, as libvirt allows them. */
 export function isCheckpointName(text: string): boolean {

@@ -475,7 +475,7 @@ export class Daemon implements BackupHost {
   async beginBackup(request: BackupRequest, signal?: AbortSignal): Promise<BackupDescription> {
     const { checkpoint } = request;
     requireCheckpointName(checkpoint);
-    this.#requireRoom(checkpoint);
+    this.#requireRoom(request);
     const session = new BackupSession(
       request,
       this,
@@ -536,13 +536,21 @@ export class Daemon implements BackupHost {
     }
   }
 
-  #requireRoom(checkpoint: string): void {
+  #requireRoom({ checkpoint, id }: BackupRequest): void {
     const [running] = this.#sessions.keys();
     if (this.#sessions.has(checkpoint) || (this.#solo && running !== undefined)) {
       throw new StillblockError(
         'BACKUP_RUNNING',
         `another backup is running already (checkpoint ${running ?? checkpoint})`,
         'end it with stillblock backup end first',
+      );
+    }
+    const same = [...this.#sessions.values()].find((session) => session.id === id);
+    if (same !== undefined) {
+      throw new StillblockError(
+        'BACKUP_RUNNING',
+        `the backup of checkpoint ${same.checkpoint} has the id ${id} already`,
+        'ask with a new random UUID, or leave the id out',
       );
     }
     if (this.#sessions.size >= MAX_BACKUPS) {
@@ -561,7 +569,7 @@ export class Daemon implements BackupHost {
    */
   endBackup(checkpoint: string, id?: string): Promise<BackupEnded> {
     const session = this.#session(checkpoint);
-    if (id !== undefined && session.describe().id !== id) {
+    if (id !== undefined && session.id !== id) {
       throw new StillblockError(
         'NO_BACKUP',
         `the backup of checkpoint ${checkpoint} that is running is another one`,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /** A pull from a server that is asked for a snapshot through its control API. */
+import { randomUUID } from 'node:crypto';
 import type { Api } from './api-client.ts';
 import type { BackupDescription, DiskReport, ExportReport } from './backup-report.ts';
 import type { Recovery } from './chain.ts';
@@ -156,14 +157,14 @@ function explainCall(error: unknown, stranger: string | undefined): unknown {
 const UNANSWERED: ReadonlySet<string> = new Set(['NO_ANSWER', 'DAEMON_LOST', 'CANCELLED']);
 
 export class HostSource implements PullSource {
-  readonly takesSnapshot = true;
+  /** Made here, so that it can be ended even where the answer to its begin is lost. */
+  readonly snapshot: string = randomUUID();
   readonly #api: Api;
   readonly #request: HostRequest;
-  #backup: BackupDescription | undefined;
+  /** The server may hold our snapshot. */
+  #mayHold = false;
   /** The server has answered before. */
   #isKnown = false;
-  /** A snapshot was asked for, and nothing has been heard of it. */
-  #isAsked = false;
 
   constructor(api: Api, request: HostRequest) {
     this.#api = api;
@@ -200,28 +201,23 @@ export class HostSource implements PullSource {
     }
   }
 
-  /** @returns a backup of this pull's that the server holds */
-  async #findHeld(chosen: (backup: BackupDescription) => boolean): Promise<string | undefined> {
-    const { backups } = await this.#call(listBackups, {});
-    return backups.find(chosen)?.checkpoint;
-  }
-
   async begin(_since: ReadonlyMap<string, string>, signal: AbortSignal): Promise<Offer> {
     const { checkpoint, disks, store, certificates, stallMs } = this.#request;
     const layout = await this.#call(getLayout, {}, signal);
     const body = {
+      id: this.snapshot,
       checkpoint,
       ...(store.length === 0 ? {} : { store: { places: store } }),
       ...(disks.length === 0 ? {} : { disks: disks.map((path) => ({ path })) }),
     };
     let backup: BackupDescription;
     try {
+      this.#mayHold = true;
       backup = await this.#call(beginBackup, { body }, signal);
     } catch (error) {
-      this.#isAsked = error instanceof StillblockError && UNANSWERED.has(error.code);
+      this.#mayHold = error instanceof StillblockError && UNANSWERED.has(error.code);
       throw error;
     }
-    this.#backup = backup;
     const offered: OfferedDisk[] = [];
     for (const disk of backup.disks) {
       const known = toOffered(disk, backup, this.#request);
@@ -233,36 +229,31 @@ export class HostSource implements PullSource {
       takenAt: backup.takenAt ?? null,
       machine: layout.machine,
       layout,
-      snapshot: backup.id,
       disks: offered,
     };
   }
 
   async end(kept: boolean): Promise<StillblockError | undefined> {
-    const { checkpoint } = this.#request;
-    const held = this.#isAsked
-      ? await this.#findHeld((each) => each.checkpoint === checkpoint)
-      : this.#backup?.checkpoint;
-    this.#isAsked = false;
-    this.#backup = undefined;
-    return held === undefined ? undefined : this.#release(held, kept);
+    return this.#mayHold ? this.#release(this.snapshot, kept) : undefined;
   }
 
-  async endLeftover({ checkpoint, snapshot, complete, asked }: Recovery): Promise<void> {
-    const left = await this.#findHeld((each) =>
-      asked ? each.checkpoint === checkpoint : each.id === snapshot,
-    );
-    if (left !== undefined) {
-      await this.#release(left, complete);
+  async endLeftover({ snapshot, complete }: Recovery): Promise<void> {
+    if (snapshot !== null) {
+      await this.#release(snapshot, complete);
     }
   }
 
   /** @returns why the snapshot has failed, if it has */
-  async #release(checkpoint: string, kept: boolean): Promise<StillblockError | undefined> {
-    const params = { params: { name: checkpoint } };
-    const { failed, reason } = await this.#call(endBackup, params);
+  async #release(id: string, kept: boolean): Promise<StillblockError | undefined> {
+    const { backups } = await this.#call(listBackups, {});
+    const held = backups.find((backup) => backup.id === id);
+    if (held === undefined) {
+      return undefined;
+    }
+    const params = { name: held.checkpoint };
+    const { failed, reason } = await this.#call(endBackup, { params, query: { id } });
     if (!kept) {
-      await this.#call(deleteCheckpoint, params);
+      await this.#call(deleteCheckpoint, { params });
     }
     if (!failed || reason === undefined) {
       return undefined;

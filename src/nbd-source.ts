@@ -95,7 +95,7 @@ export async function exportIdentity(uri: NbdUri, ask: AskOptions): Promise<Disk
 /** Servers that somebody else has started, and will end. */
 export class NbdSource implements PullSource {
   readonly checkpoint: string;
-  readonly takesSnapshot = false;
+  readonly snapshot = null;
   readonly #disks: readonly NamedUri[];
   readonly #layout: MachineLayout | null;
   readonly #ask: Omit<AskOptions, 'signal'>;
@@ -126,7 +126,6 @@ export class NbdSource implements PullSource {
       takenAt: null,
       machine: this.#layout?.machine ?? null,
       layout: this.#layout,
-      snapshot: null,
       disks,
     };
   }

@@ -41,8 +41,6 @@ export interface Offer {
   /** `/etc/machine-id`; null where the server does not tell. */
   readonly machine: string | null;
   readonly layout: MachineLayout | null;
-  /** What ends the snapshot; null if that is not ours to do. */
-  readonly snapshot: string | null;
   readonly disks: readonly OfferedDisk[];
 }
 
@@ -50,8 +48,8 @@ export interface Offer {
 export interface PullSource {
   /** Name of the instant. */
   readonly checkpoint: string;
-  /** Whether a snapshot is taken for us, which is ours to end. */
-  readonly takesSnapshot: boolean;
+  /** UUID of the snapshot that is to be taken for us and is ours to end; null if none is. */
+  readonly snapshot: string | null;
   /**
    * Has the snapshot taken, or looks at what is served.
    *

@@ -10,7 +10,7 @@ import {
   type CheckpointReport,
   toCheckpointReport,
 } from './checkpoint-report.ts';
-import type { BrokenCheckpoint } from './checkpoints.ts';
+import { type BrokenCheckpoint, UUID } from './checkpoints.ts';
 import type { Daemon, DaemonStatus } from './daemon.ts';
 import type { DeviceReport, MarkedRange } from './devices.ts';
 import { collectLayout, type MachineLayout } from './layout.ts';
@@ -85,6 +85,11 @@ const TLS: Schema = object(
 
 /** Of a name or of `checkpointXml` there must be one, and one may be made up with `backupXml`. */
 const BEGIN: Schema = object({
+  id: {
+    type: 'string',
+    pattern: UUID.source,
+    description: 'UUID to know this backup and its checkpoint by, before its begin is answered',
+  },
   checkpoint: { ...text, description: 'name of this instant' },
   description: { type: 'string', maxLength: 4096 },
   store: object(

@@ -307,10 +307,10 @@ export async function pull(
       await request.source.endLeftover(writer.recovery);
     }
     signal.throwIfAborted();
-    const { checkpoint: name, takesSnapshot } = request.source;
-    if (takesSnapshot) {
+    const { checkpoint: name, snapshot } = request.source;
+    if (snapshot !== null) {
       // Whatever happens from here on, the next pull knows what to end.
-      await writer.begin({ checkpoint: name, files: [], snapshot: null, asked: true });
+      await writer.begin({ checkpoint: name, files: [], snapshot });
     }
     const offer = await request.source.begin(tips(writer.manifest), stop.signal);
     const plan = planPull(writer.manifest, offer, request.mode);
@@ -318,8 +318,7 @@ export async function pull(
     await writer.begin({
       checkpoint: offer.checkpoint,
       files: plan.disks.map(({ file }) => file),
-      snapshot: offer.snapshot,
-      asked: false,
+      snapshot,
     });
     const run = new Pull(request, observer, writer, stop.signal);
     const entries = await inParallel(plan.disks, request.parallel, stop, (disk) =>

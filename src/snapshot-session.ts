@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 /** One backup: a snapshot taken, its images served, and all of it released again. */
-import { randomUUID } from 'node:crypto';
 import { type FileHandle, stat } from 'node:fs/promises';
 import { pid } from 'node:process';
 import type { Logger } from 'pino';
@@ -77,6 +76,8 @@ export interface XmlEcho {
 
 /** What the user asked for. */
 export interface BackupRequest {
+  /** UUID of the backup and of its checkpoint. */
+  readonly id: string;
   readonly checkpoint: string;
   /** Whether the checkpoint stays when the snapshot has gone. */
   readonly kept: boolean;
@@ -188,7 +189,6 @@ export class BackupSession {
   readonly #observer: BackupObserver;
   readonly #log: Logger;
   #server: BackupServer | undefined;
-  readonly #id: string = randomUUID();
   readonly #stack = new ReleaseStack();
   #phase: BackupPhase = 'preparing';
   #snapshot: Snapshot | undefined;
@@ -229,6 +229,10 @@ export class BackupSession {
 
   get checkpoint(): string {
     return this.#request.checkpoint;
+  }
+
+  get id(): string {
+    return this.#request.id;
   }
 
   /** The only place where the phase changes; see {@link BackupPhase}. */
@@ -361,7 +365,7 @@ export class BackupSession {
     const held = this.#phase === 'serving' || this.#phase === 'failed';
     const state = held ? this.#snapshot?.state() : undefined;
     return {
-      id: this.#id,
+      id: this.#request.id,
       state: this.#phase,
       checkpoint: this.#request.checkpoint,
       pid,
@@ -471,7 +475,7 @@ export class BackupSession {
   }
 
   async #requireFreeName(): Promise<readonly Checkpoint[]> {
-    const { checkpoint } = this.#request;
+    const { checkpoint, id } = this.#request;
     this.#stack.push(await this.#host.checkpoints.prepare());
     if (await this.#host.checkpoints.has(checkpoint)) {
       throw new StillblockError(
@@ -482,6 +486,14 @@ export class BackupSession {
     }
     const { checkpoints, broken } = await this.#host.checkpoints.list();
     this.#broken = broken;
+    const same = checkpoints.find((each) => each.id === id);
+    if (same !== undefined) {
+      throw new StillblockError(
+        'CHECKPOINT_EXISTS',
+        `checkpoint ${same.name} has the id ${id} already`,
+        'ask with a new random UUID, or leave the id out',
+      );
+    }
     return checkpoints;
   }
 
@@ -619,7 +631,7 @@ export class BackupSession {
     );
     const staged = await this.#host.checkpoints.stage({
       name: this.#request.checkpoint,
-      id: this.#id,
+      id: this.#request.id,
       description: this.#request.description,
       parent: earlier.at(-1)?.name,
       creationTime: Number(taken.snapshot.state().takenNs / 1_000_000_000n),

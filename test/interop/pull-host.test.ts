@@ -155,6 +155,24 @@ for (const [when, cutAt] of [
   });
 }
 
+pullTest('a backup of the same name that is not ours is left alone', async (t) => {
+  const server = await Server.start(t);
+  const chain = join(await folder(t), 'chain');
+  server.cutAt = 'POST backups';
+  const cut = ['--timeout', '2', '--checkpoint', 'cut', server.socket, chain];
+  t.is(errorOf(await stillblock(t, 'pull', ...cut)), 'NO_ANSWER');
+  server.mend();
+  await server.end('cut');
+  const other = randomUUID();
+  await server.begin(other, 'cut');
+  const next = await stillblock(t, 'pull', '--checkpoint', 'next', server.socket, chain);
+  t.is(next.code, 0, next.stderr);
+  t.deepEqual(
+    server.held.map(({ id }) => id),
+    [other],
+  );
+});
+
 pullTest('the server is cut off when all is copied: said so, and let go of later', async (t) => {
   const server = await Server.start(t);
   const chain = join(await folder(t), 'chain');

@@ -88,13 +88,11 @@ export class Server {
           body: { backups: this.held.map(({ id, checkpoint }) => ({ id, checkpoint })) },
         };
       case 'POST backups': {
-        const { checkpoint } = JSON.parse(pieces.join('')) as { checkpoint: string };
-        return { status: 201, body: await this.#begin(checkpoint) };
+        const asked = JSON.parse(pieces.join('')) as { id: string; checkpoint: string };
+        return { status: 201, body: await this.begin(asked.id, asked.checkpoint) };
       }
       case 'DELETE backups': {
-        const index = this.held.findIndex(({ checkpoint }) => checkpoint === name);
-        const [backup] = this.held.splice(index, 1);
-        await backup?.instant.close();
+        await this.end(name);
         const { failure } = this;
         const failed =
           failure === undefined ? { failed: false } : { failed: true, reason: failure };
@@ -112,10 +110,15 @@ export class Server {
     }
   }
 
-  async #begin(checkpoint: string): Promise<object> {
+  async end(checkpoint: string): Promise<void> {
+    const index = this.held.findIndex((backup) => backup.checkpoint === checkpoint);
+    const [backup] = this.held.splice(index, 1);
+    await backup?.instant.close();
+  }
+
+  async begin(id: string, checkpoint: string): Promise<object> {
     const earlier = [...this.checkpoints];
     const instant = await this.machine.serve(this.#t, checkpoint);
-    const id = randomUUID();
     this.#ids.set(checkpoint, id);
     this.held.push({ id, checkpoint, instant });
     this.checkpoints.push(checkpoint);

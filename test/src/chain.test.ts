@@ -165,7 +165,7 @@ function offered(name: string, more: Partial<OfferedDisk> = {}): OfferedDisk {
 }
 
 function offer(...disks: OfferedDisk[]): Offer {
-  const known = { takenAt: null, machine: 'm', layout: null, snapshot: null };
+  const known = { takenAt: null, machine: 'm', layout: null };
   return { checkpoint: 'thu', ...known, disks };
 }
 

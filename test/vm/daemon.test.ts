@@ -3,6 +3,7 @@
 // is killed. One guest serves all the checks, in order. Requests go to its socket
 // by curl, as anybody's would; the command line is what it is for.
 
+import { randomUUID } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import test from 'ava';
@@ -63,7 +64,8 @@ async function ask(method: string, path: string, body?: unknown): Promise<Answer
 }
 
 /** A begin of one disk, into memory. */
-const begin = (checkpoint: string, device: string): object => ({
+const begin = (checkpoint: string, device: string, id: string = randomUUID()): object => ({
+  id,
   checkpoint,
   store: { places: ['memory'], sizeBytes: 16 * MiB },
   disks: [{ path: device }],
@@ -191,6 +193,9 @@ test.serial('a backup begun by the command line is held by the daemon', async (t
   t.deepEqual(JSON.parse(ended), { ended: { checkpoint: 'monday', failed: false } });
 });
 
+/** UUIDs of a backup that has ended and of one that runs. */
+const ids = { ended: '', running: randomUUID() };
+
 test.serial('two that ask at once get one snapshot and one refusal', async (t) => {
   const { stdout } = await guest.run(
     `${curl('POST', '/v1/backups', begin('left', one))} >/run/left & ${curl('POST', '/v1/backups', begin('right', one))} >/run/right; wait`,
@@ -204,13 +209,15 @@ test.serial('two that ask at once get one snapshot and one refusal', async (t) =
   t.deepEqual(statuses, [201, 409]);
   const refused = answers.find(({ status }) => status === 409);
   t.like(refused?.body, { error: { code: 'IN_SNAPSHOT' } });
-  const held = answers.find(({ status }) => status === 201)?.body.checkpoint;
-  t.is((await ask('DELETE', `/v1/backups/${held}`)).status, 200);
+  const held = answers.find(({ status }) => status === 201)?.body;
+  ids.ended = held?.id;
+  const byId = `/v1/backups/${held?.checkpoint}?id=${held?.id}`;
+  t.is((await ask('DELETE', byId)).status, 200);
 });
 
 test.serial('of different disks they get two snapshots', async (t) => {
   await guest.run(
-    `${curl('POST', '/v1/backups', begin('first', one))} >/run/left & ${curl('POST', '/v1/backups', begin('second', two))} >/run/right; wait`,
+    `${curl('POST', '/v1/backups', begin('first', one, ids.running))} >/run/left & ${curl('POST', '/v1/backups', begin('second', two))} >/run/right; wait`,
     { timeoutMs: limitMs },
   );
   const { body } = await ask('GET', '/v1/exports');
@@ -239,6 +246,9 @@ test.serial('of different disks they get two snapshots', async (t) => {
     ['POST', '/v1/devices/system/mark', { offset: 2 ** 40, length: 1 }, 400, 'USAGE'],
     ['POST', '/v1/backups', begin('first', two), 409, 'BACKUP_RUNNING'],
     ['POST', '/v1/backups', begin('monday', two), 409, 'CHECKPOINT_EXISTS'],
+    ['POST', '/v1/backups', begin('third', two, ids.running), 409, 'BACKUP_RUNNING'],
+    ['POST', '/v1/backups', begin('third', two, ids.ended), 409, 'CHECKPOINT_EXISTS'],
+    ['POST', '/v1/backups', begin('third', two, 'wednesday'), 400, 'USAGE'],
     ['POST', '/v1/backups', begin('third', 'absent'), 404, 'ENOENT'],
     ['DELETE', '/v1/backups/first?id=another', undefined, 404, 'NO_BACKUP'],
     ['DELETE', '/v1/checkpoints/first', undefined, 409, 'BACKUP_RUNNING'],
