@@ -2,7 +2,7 @@
 /** `stillblock p2v`: what it prints is what virt-v2v, libguestfs and libvirt find on its ports. */
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { ExecutionContext } from 'ava';
+import test, { type ExecutionContext } from 'ava';
 import { folder } from '../nbd/world.ts';
 import { commandsOf, Page } from '../pages.ts';
 import { makeSparseFile, runTool } from '../vm/host.ts';
@@ -25,6 +25,10 @@ interface Serving {
   readonly file: string;
   readonly disks: readonly { readonly disk: string; readonly port: number }[];
 }
+
+const page = await Page.open('docs/p2v.md', import.meta.url);
+
+test.after('each block of the page has been run', (t) => t.deepEqual(page.left, []));
 
 /** A guest with nothing but a boot sector, milliseconds. */
 const PATIENCE_MS = 180_000;
@@ -149,11 +153,7 @@ async function smallDebian(t: ExecutionContext): Promise<Buffer> {
 
 pullTest('libguestfs finds the system that is on a port', async (t) => {
   t.timeout(inspectionLimitMs);
-  const page = await Page.open('docs/p2v.md', import.meta.url);
   t.deepEqual(commandsOf(page.take('guestfish')), [guestfish(10_809).join(' ')]);
-  // The test below starts a guest from it.
-  page.take('<disk type="network"');
-  t.deepEqual(page.left, []);
   const stdout = await inspect(await offer(t, await smallDebian(t)), '/dev/sda1');
   t.regex(stdout, /^\/dev\/sda1\nlinux\ndebian\n12\.15\nweb1\ndeb\n/);
   t.regex(stdout, /^\/: \/dev\/sda1$/m);
@@ -183,7 +183,9 @@ function bootable(said: string): Buffer {
 pullTest('libvirt starts a guest from a port', async (t) => {
   const said = 'read from the export';
   const port = await offer(t, bootable(`${said}\r\n`));
-  const guest = await LibvirtGuest.start(port, 64);
+  const { text: disk } = page.take('<disk type="network"');
+  t.true(disk.includes('"10809"'));
+  const guest = await LibvirtGuest.start(disk.replace('10809', String(port)), 64);
   t.teardown(() => guest.end());
   await t.notThrowsAsync(guest.waitForSerial(new RegExp(`^${said}\r$`, 'm'), PATIENCE_MS));
 });

@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A guest of libvirt's whose disk is a port of `stillblock p2v`, as docs/p2v.md says; without
-// any daemon of libvirt's.
+// A guest of libvirt's whose disk is a port of `stillblock p2v`; without any daemon of libvirt's.
 
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
-import { checkout } from './checkout.ts';
 import { runTool } from './host.ts';
 
 /** An ordinary user's: libvirt as root wants users that its daemon's package makes. */
@@ -49,20 +47,18 @@ export class LibvirtGuest {
 
   /**
    * Starts a guest. Call `end` at the end.
-   * @param port of localhost, whose default export is its disk.
+   * @param disk libvirt's XML of it.
    */
-  static async start(port: number, memoryMiB: number): Promise<LibvirtGuest> {
+  static async start(disk: string, memoryMiB: number): Promise<LibvirtGuest> {
     const folder = await mkdtemp(join(tmpdir(), 'stillblock-libvirt-'));
     const line = join(folder, 'serial');
     const serial = createServer();
     await once(serial.listen(line), 'listening');
-    const documented = await readFile(join(checkout, 'docs/p2v.md'), 'utf8');
-    const disk = /^```xml\n(<disk type="network".*?)^```/ms.exec(documented)?.[1] ?? '';
     await writeFile(
       join(folder, 'domain.xml'),
       `<domain type="qemu"><name>web1</name><memory unit="MiB">${memoryMiB}</memory>
       <os><type arch="x86_64" machine="pc">hvm</type></os><features><acpi/></features>
-      <devices>${disk.replace('10809', String(port))}
+      <devices>${disk}
       <serial type="unix"><source mode="connect" path="${line}"/></serial></devices></domain>`,
     );
     await mkdir(join(folder, 'libvirt/etc'), { recursive: true });
