@@ -15,13 +15,15 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
-import { testKernel } from '../vm/checkout.ts';
+import { type KernelName, testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { makeSparseFile } from '../vm/host.ts';
 import { history, type Seen, seenHistories } from './histories.ts';
 import { buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
+/** Into which the machine is rebooted, and back: an update of the kernel. */
+const otherKernel: KernelName = kernel === '6.1' ? '6.12' : '6.1';
 const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320 } as const;
 type DiskName = keyof typeof disks;
 const tracked = ['root', 'data'] as const;
@@ -56,9 +58,9 @@ class Machine {
     this.nodes = nodes;
   }
 
-  static async boot(withModule = true): Promise<Machine> {
+  static async boot(withModule = true, on: KernelName = kernel): Promise<Machine> {
     const guest = await bootGuest({
-      kernel,
+      kernel: on,
       disks: Object.entries(disks).map(([name, size]) => ({
         name,
         sizeBytes: size * MiB,
@@ -208,6 +210,22 @@ test.serial('a history survives a clean reboot, and its numbers are right', asyn
   }
   // This time the file systems stay mounted: the last writes are theirs.
   await at.shutdown();
+});
+
+test.serial('another kernel takes histories up, and hands them back', async (t) => {
+  t.timeout(10 * 60_000);
+  for (const on of [otherKernel, kernel]) {
+    const at = await Machine.boot(true, on);
+    const seen = await at.attach();
+    for (const name of tracked) {
+      t.like(seen[name], { takenUp: true, generation: generations[name] }, `${on}: ${name}`);
+    }
+    await at.mount();
+    await at.write(`on-${on}`, 64);
+    const bytes = await checkpoint(at);
+    t.log(on, bytes);
+    await at.shutdown();
+  }
 });
 
 test.serial('a machine that is killed begins new histories', async (t) => {
