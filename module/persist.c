@@ -1361,44 +1361,45 @@ static int place_pin(int fd)
 	return 0;
 }
 
-static void place_add_piece(struct stb_range r)
+/* Add what whole pages there are to pieces; what goes on from the last is one. */
+static void pieces_add(struct persist_piece *pieces, u32 *nr_pieces,
+		       struct block_device *bdev, struct stb_range r)
 {
-	u32 align = max_t(u32, bdev_logical_block_size(place.dev.bdev),
-			  STB_PLACE_PAGE) >> SECTOR_SHIFT;
-	struct persist_piece *p = &place.pieces[place.nr_pieces];
+	u32 align = max_t(u32, bdev_logical_block_size(bdev), STB_PLACE_PAGE) >>
+		    SECTOR_SHIFT;
+	struct persist_piece *last = *nr_pieces ? &pieces[*nr_pieces - 1] : NULL;
+	struct persist_piece *p = &pieces[*nr_pieces];
+	u64 nr;
 
 	r.first = round_up(r.first, align);
 	if (r.first + STB_PLACE_PAGE_SECT > r.end)
 		return;
-	p->first = place.nr_pages;
-	p->nr = (r.end - r.first) / STB_PLACE_PAGE_SECT;
+	nr = (r.end - r.first) / STB_PLACE_PAGE_SECT;
+	if (last && last->sector + last->nr * STB_PLACE_PAGE_SECT == r.first) {
+		last->nr += nr;
+		return;
+	}
+	p->first = last ? last->first + last->nr : 0;
+	p->nr = nr;
 	p->sector = r.first;
-	place.nr_pages += p->nr;
-	place.nr_pieces++;
-	place.location = persist_hash(&p->sector, sizeof(p->sector),
-				      place.location);
-	place.location = persist_hash(&p->nr, sizeof(p->nr), place.location);
+	(*nr_pieces)++;
 }
 
-static int place_read_extents(const struct stillblock_place *args)
+static int pieces_read_extents(const struct stillblock_place *args,
+			       struct block_device *bdev,
+			       struct persist_piece *pieces, u32 *nr_pieces)
 {
 	const struct stillblock_extent __user *from =
 		u64_to_user_ptr(args->extents);
-	u64 size = (u64)stb_bdev_nr_sect(place.dev.bdev) << SECTOR_SHIFT;
+	u64 size = (u64)stb_bdev_nr_sect(bdev) << SECTOR_SHIFT;
 	struct stb_range r;
 	u32 i;
 
-	if (args->nr_extents > STILLBLOCK_MAX_EXTENTS)
-		return -EINVAL;
-	place.pieces = kvcalloc(max(args->nr_extents, 1u),
-				sizeof(*place.pieces), GFP_KERNEL);
-	if (!place.pieces)
-		return -ENOMEM;
 	if (!args->nr_extents) {
 		r.first = STB_PLACE_MARGIN;
 		r.end = size >> SECTOR_SHIFT;
 		r.end -= min_t(sector_t, r.end, STB_PLACE_MARGIN);
-		place_add_piece(r);
+		pieces_add(pieces, nr_pieces, bdev, r);
 	}
 	for (i = 0; i < args->nr_extents; i++) {
 		struct stillblock_extent e;
@@ -1409,8 +1410,61 @@ static int place_read_extents(const struct stillblock_place *args)
 			return -ERANGE;
 		r.first = DIV_ROUND_UP_ULL(e.offset, SECTOR_SIZE);
 		r.end = (e.offset + e.length) >> SECTOR_SHIFT;
-		place_add_piece(r);
+		pieces_add(pieces, nr_pieces, bdev, r);
 	}
+	return 0;
+}
+
+/* Where the place lies that the caller describes: @ppieces is for kvfree(). */
+static int pieces_read(const struct stillblock_place *args,
+		       struct block_device *bdev,
+		       struct persist_piece **ppieces, u32 *nr_pieces)
+{
+	struct persist_piece *pieces;
+	int ret;
+
+	*nr_pieces = 0;
+	if (args->nr_extents > STILLBLOCK_MAX_EXTENTS)
+		return -EINVAL;
+	pieces = kvcalloc(max(args->nr_extents, 1u), sizeof(*pieces),
+			  GFP_KERNEL);
+	if (!pieces)
+		return -ENOMEM;
+	ret = pieces_read_extents(args, bdev, pieces, nr_pieces);
+	if (ret)
+		kvfree(pieces);
+	else
+		*ppieces = pieces;
+	return ret;
+}
+
+static u64 pieces_hash(const struct persist_piece *pieces, u32 nr_pieces)
+{
+	u64 hash = 0;
+	u32 i;
+
+	for (i = 0; i < nr_pieces; i++) {
+		hash = persist_hash(&pieces[i].sector, sizeof(pieces[i].sector),
+				    hash);
+		hash = persist_hash(&pieces[i].nr, sizeof(pieces[i].nr), hash);
+	}
+	return hash;
+}
+
+static int place_read_extents(const struct stillblock_place *args)
+{
+	const struct persist_piece *last;
+	int ret;
+
+	ret = pieces_read(args, place.dev.bdev, &place.pieces,
+			  &place.nr_pieces);
+	if (ret)
+		return ret;
+	if (place.nr_pieces) {
+		last = &place.pieces[place.nr_pieces - 1];
+		place.nr_pages = last->first + last->nr;
+	}
+	place.location = pieces_hash(place.pieces, place.nr_pieces);
 	return place.nr_pages > STB_PLACE_FIRST_MAP ? 0 : -ENOSPC;
 }
 
@@ -1562,9 +1616,16 @@ release:
 	return ret;
 }
 
-/* The place that is set: hold it fast, or make it anew. */
+/*
+ * The place that is set: hold it fast. The file may be another one than that whose
+ * extents an initramfs knew; to write those then would be to write into whatever
+ * has them now.
+ */
 static int place_hold(struct stillblock_place *args)
 {
+	struct persist_piece *pieces;
+	u32 nr_pieces;
+	u64 location;
 	dev_t dev;
 	int ret;
 
@@ -1574,6 +1635,13 @@ static int place_hold(struct stillblock_place *args)
 		return ret;
 	if (dev != place.dev.bdev->bd_dev || place.exclusive ||
 	    args->flags || args->file_fd < 0 || place.file)
+		return -EBUSY;
+	ret = pieces_read(args, place.dev.bdev, &pieces, &nr_pieces);
+	if (ret)
+		return ret;
+	location = pieces_hash(pieces, nr_pieces);
+	kvfree(pieces);
+	if (location != place.location)
 		return -EBUSY;
 	args->reason = STILLBLOCK_REASON_PLACE_UNSUITABLE;
 	return place_pin(args->file_fd);

@@ -84,9 +84,15 @@ async function makeFile(path: string, sizeBytes: number): Promise<void> {
   await syncPath(dirname(path));
 }
 
-async function wantedBytes({ history, devices }: HistorySetting): Promise<number> {
+/** How long the file has to be at least, and how long it is made. */
+interface WantedBytes {
+  readonly least: number;
+  readonly made: number;
+}
+
+async function wantedBytes({ history, devices }: HistorySetting): Promise<WantedBytes> {
   if (history.sizeBytes !== undefined) {
-    return history.sizeBytes;
+    return { least: history.sizeBytes, made: history.sizeBytes };
   }
   const all = await BlockDevices.read();
   const sizes = await Promise.all(
@@ -96,7 +102,42 @@ async function wantedBytes({ history, devices }: HistorySetting): Promise<number
       return { sizeBytes: device?.sizeBytes ?? 0, blockSizeBytes };
     }),
   );
-  return placeBytes(sizes);
+  const maps = sizes.reduce((sum, device) => sum + mapBytes(device), 0);
+  return { least: OVERHEAD_BYTES + maps, made: placeBytes(sizes) };
+}
+
+/**
+ * Makes the file, or makes it longer: then histories go on in memory, and are kept in it as if
+ * it were another one.
+ *
+ * @param now how the place does
+ * @returns how it does after that
+ */
+async function ensureFile(
+  control: ControlDevice,
+  setting: HistorySetting,
+  now: PlaceState,
+  log: Logger,
+): Promise<PlaceState> {
+  const path = placeOf(setting);
+  const status = await stat(path).catch(() => undefined);
+  if (status?.isBlockDevice() === true) {
+    return now;
+  }
+  const { least, made } = await wantedBytes(setting);
+  if (status !== undefined && status.size >= least) {
+    return now;
+  }
+  const after = status !== undefined && now.set ? await letGo(control, setting) : now;
+  await makeFile(path, made);
+  log.info({ path, bytes: made }, 'the file of the histories is made');
+  return after;
+}
+
+/** By the plan the rule of udev would set the old place again. */
+async function letGo(control: ControlDevice, setting: HistorySetting): Promise<PlaceState> {
+  await rm(planOf(setting), { force: true });
+  return control.dropPlace();
 }
 
 /** What lies there is tried first; an empty place takes its stead where it is no good. */
@@ -113,28 +154,35 @@ async function setPlace(control: ControlDevice, file: StoreFile, log: Logger): P
 }
 
 /**
- * Sets the place, or holds it fast.
+ * Sets the place, or holds it fast. Where another one is set histories go on in memory, and are
+ * kept in this one from now on.
  *
  * @param now how it does
- * @param plan the plan's file
- * @param same whether that is this file, by the plan
+ * @param same whether a place that is held is this one
  */
 async function hold(
   control: ControlDevice,
+  setting: HistorySetting,
   file: StoreFile,
   now: PlaceState,
-  plan: string,
   same: boolean,
   log: Logger,
 ): Promise<PlaceState> {
   if (now.set && now.held && same) {
     return now;
   }
-  if (now.set && now.held) {
-    // Another place is configured: histories go on in memory, and are kept there from now on.
-    // By the plan the rule of udev would set the old one again.
-    await rm(plan, { force: true });
-    await control.dropPlace();
+  if (now.set && !now.held) {
+    try {
+      return await control.setPlace(file, false);
+    } catch (error) {
+      if (!isNativeError(error) || error.reason !== 'PLACE_BUSY') {
+        throw error;
+      }
+      log.warn('the initramfs knows another place of the histories: run update-initramfs -u');
+    }
+  }
+  if (now.set) {
+    await letGo(control, setting);
   }
   return setPlace(control, file, log);
 }
@@ -181,22 +229,18 @@ export async function keepHistories(
 ): Promise<PlaceState> {
   const now = await control.place();
   if (!setting.history.keep) {
-    // The rule of udev would set the place again.
     await rm(planOf(setting), { force: true });
     return now.set ? control.dropPlace() : now;
   }
-  const path = placeOf(setting);
-  const before = await readFile(planOf(setting), 'utf8').catch(() => '');
-  const status = await stat(path).catch(() => undefined);
-  if (status === undefined || !(now.set || status.isBlockDevice())) {
-    await makeFile(path, await wantedBytes(setting));
-  }
-  const file = await openStore(path, 0);
+  const planNow = (): Promise<string> => readFile(planOf(setting), 'utf8').catch(() => '');
+  const before = await planNow();
+  const made = await ensureFile(control, setting, now, log);
+  const file = await openStore(placeOf(setting), 0);
   try {
     const place = await placeLine(control, file);
-    const state = await hold(control, file, now, planOf(setting), before.startsWith(place), log);
+    const state = await hold(control, setting, file, made, before.startsWith(place), log);
     const plan = await planText(control, setting, place);
-    if (before !== plan) {
+    if ((await planNow()) !== plan) {
       await replaceFile(planOf(setting), plan);
       log.info('the devices to track have changed: update-initramfs -u takes them up at boot');
     }

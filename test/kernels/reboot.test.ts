@@ -12,7 +12,7 @@ import {
   rmSync,
   writeSync,
 } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { constants, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test from 'ava';
 import { type KernelName, testKernel } from '../vm/checkout.ts';
@@ -22,9 +22,11 @@ import { history, type Seen, seenHistories } from './histories.ts';
 import { buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
+/** STILLBLOCK_REASON_PLACE_BUSY. */
+const placeBusy = 33;
 /** Into which the machine is rebooted, and back: an update of the kernel. */
 const otherKernel: KernelName = kernel === '6.1' ? '6.12' : '6.1';
-const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320 } as const;
+const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320, tree: 128 } as const;
 type DiskName = keyof typeof disks;
 const tracked = ['root', 'data'] as const;
 type TrackedName = (typeof tracked)[number];
@@ -116,20 +118,36 @@ class Machine {
     );
     const bytes: Record<TrackedName, number> = { root: 0, data: 0 };
     for (const [index, name] of tracked.entries()) {
-      const image = `/dev/${images[index]}`;
-      const to = this.node(name === 'root' ? 'copy' : 'copied');
-      const ranges =
-        above[name] < 0
-          ? [`0:${disks[name] * MiB}`]
-          : await this.module.require(`map now ${index} ${above[name]}`);
-      const copies = ranges.map((range) => {
-        const [offset, length] = range.split(':').map(Number) as [number, number];
-        bytes[name] += length;
-        return `dd if=${image} of=${to} bs=64k iflag=direct oflag=direct conv=notrunc status=none skip=${offset / 65536} seek=${offset / 65536} count=${Math.ceil(length / 65536)}`;
-      });
-      await this.guest.run([...copies, `cmp ${image} ${to}`].join(' && '));
+      const to = name === 'root' ? 'copy' : 'copied';
+      bytes[name] = await this.bring(name, to, index, `/dev/${images[index]}`, above[name]);
     }
     await this.module.require('close now');
+    return bytes;
+  }
+
+  /**
+   * Brings a copy up to an image of the snapshot that is open, and compares them.
+   *
+   * @param above the number that the copy is of; less than zero for a full one
+   * @returns how much was copied
+   */
+  async bring(
+    name: DiskName,
+    to: DiskName,
+    index: number,
+    image: string,
+    above: number,
+  ): Promise<number> {
+    const whole = disks[name] * MiB;
+    const ranges =
+      above < 0 ? [`0:${whole}`] : await this.module.require(`map now ${index} ${above}`);
+    let bytes = 0;
+    const copies = ranges.map((range) => {
+      const [offset, length] = range.split(':').map(Number) as [number, number];
+      bytes += length;
+      return `dd if=${image} of=${this.node(to)} bs=64k iflag=direct oflag=direct conv=notrunc status=none skip=${offset / 65536} seek=${offset / 65536} count=${Math.ceil(length / 65536)}`;
+    });
+    await this.guest.run([...copies, `cmp -n ${whole} ${image} ${this.node(to)}`].join(' && '));
     return bytes;
   }
 
@@ -385,6 +403,10 @@ test.serial('the place may be a file of a tracked disk, which stays mounted', as
       );
     }
     await at.mount();
+    // Its extents are another's: what is written by them now could be anybody's.
+    await at.guest.run('fallocate -l 2M /srv/root/other; sync');
+    const other = await at.module.ask(`place file:/srv/root/other:${at.node('root')}`);
+    t.is(other, `bad ${constants.errno.EBUSY} ${placeBusy} 0`);
     await at.module.require(`place ${file}`);
     seen = await at.seen();
     for (const name of tracked) t.is(seen[name].kept, history.ok);
@@ -418,4 +440,59 @@ test.serial('the place may be a file of a tracked disk, which stays mounted', as
   seen = await at.attach(`at:${at.node('root')}:${extents}`);
   for (const name of tracked) t.like(seen[name], { takenUp: false, began: history.notSaved });
   await at.guest.kill();
+});
+
+test.serial('btrfs: a clean reboot keeps the history, a write elsewhere ends it', async (t) => {
+  t.timeout(15 * 60_000);
+  const boot = async (withModule: boolean): Promise<Machine> => {
+    const at = await Machine.boot(withModule);
+    await at.guest.run('modprobe btrfs; mkdir -p /srv/tree');
+    return at;
+  };
+  const attach = async (at: Machine, format = ''): Promise<Seen | undefined> => {
+    await at.module.require(`place device:${at.node('place')} ${format}`);
+    await at.module.require(`attach ${at.node('tree')} 0 tree`);
+    return (await seenHistories(at.module)).at(-1);
+  };
+  const write = (at: Machine, name: string): Promise<unknown> =>
+    at.guest.run(
+      `mountpoint -q /srv/tree || mount ${at.node('tree')} /srv/tree && dd if=/dev/urandom of=/srv/tree/${name} bs=64k count=4 conv=fsync status=none`,
+    );
+  const copy = async (at: Machine, above: number): Promise<number> => {
+    const seen = (await seenHistories(at.module)).at(-1);
+    const [image = ''] = await at.module.require(
+      `take now trackers=${seen?.id} mounts=/srv/tree stores=memory:${32 * MiB}`,
+    );
+    const bytes = await at.bring('tree', 'copied', 0, `/dev/${image}`, above);
+    await at.module.require('close now');
+    return bytes;
+  };
+
+  let at = await boot(true);
+  await at.guest.run(`mkfs.btrfs -q -f ${at.node('tree')}`);
+  const first = await attach(at, 'format');
+  t.like(first, { began: history.first, kept: history.ok });
+  await write(at, 'before');
+  await copy(at, -1);
+  await write(at, 'after');
+  await at.shutdown();
+
+  at = await boot(true);
+  const second = await attach(at);
+  t.like(second, { takenUp: true, generation: first?.generation ?? '', kept: history.ok });
+  await write(at, 'booted');
+  const bytes = await copy(at, first?.number ?? 0);
+  t.log(bytes);
+  t.true(bytes >= 2 * 256 * 1024 && bytes < 16 * MiB, `${bytes}`);
+  await at.shutdown();
+
+  // Without the module: with a clean end, and killed once a write was said to be safe.
+  for (const isClean of [true, false]) {
+    at = await boot(false);
+    await write(at, 'foreign');
+    await (isClean ? at.shutdown() : at.guest.kill());
+    at = await boot(true);
+    t.like(await attach(at), { takenUp: false, began: history.changed }, `clean: ${isClean}`);
+    await at.shutdown();
+  }
 });
