@@ -17,6 +17,7 @@ import { EXIT, explain, StillblockError } from './errors.ts';
 import { type Folders, folders } from './folders.ts';
 import type { Hook } from './hooks.ts';
 import { DEFAULT_HOST } from './listen.ts';
+import { nativeConstants } from './native.ts';
 import type { Rates } from './rates.ts';
 import { formatSize, parseSize } from './sizes.ts';
 import { type Checked, check, XmlDocument, type XmlElement } from './xml.ts';
@@ -75,7 +76,7 @@ export interface HistorySettings {
   readonly keep: boolean;
   /** File or device; undefined for a file in the state folder. */
   readonly place: string | undefined;
-  /** Of the file when it is made; undefined to choose. */
+  /** Of the file, which is made longer if need be; undefined to choose. */
   readonly sizeBytes: number | undefined;
 }
 
@@ -265,15 +266,32 @@ class Reader {
   }
 
   /** @param wanted whether histories are kept unless it says otherwise */
-  history(element: XmlElement | undefined, wanted: boolean): HistorySettings {
+  /**
+   * @param devices of the configuration
+   * @param list where these are
+   */
+  history(
+    element: XmlElement | undefined,
+    devices: readonly DeviceSetting[],
+    list: XmlElement | undefined,
+  ): HistorySettings {
     const attributes = ['keep', 'place', 'size'] as const;
     const history = element && check(this.#document, element, { attributes });
     const sizeBytes = history?.read('size', readSize, A_SIZE);
     if (sizeBytes !== undefined && sizeBytes < MIN_PLACE_BYTES) {
       history?.fail(`size is less than ${formatSize(MIN_PLACE_BYTES)}`, 'size');
     }
+    const wanted = history !== undefined || devices.length > 0;
+    const keep = isYes(history?.word('keep', YES_NO) ?? (wanted ? 'yes' : 'no'));
+    // A place has one record for each.
+    if (keep && list !== undefined && devices.length > nativeConstants().maxTrackers) {
+      this.#document.fail(
+        list.at,
+        `<devices> names ${devices.length}, and the histories of ${nativeConstants().maxTrackers} are kept at most: name fewer, or <history keep="no"/>`,
+      );
+    }
     return {
-      keep: isYes(history?.word('keep', YES_NO) ?? (history || wanted ? 'yes' : 'no')),
+      keep,
       place: history?.read('place', readPath, A_PATH),
       sizeBytes,
     };
@@ -480,12 +498,13 @@ export function parseConfiguration(
   });
   const reader = new Reader(document);
   const found = reader.folders(settings.once('folders'), standard);
-  const devices = reader.devices(settings.once('devices'));
+  const list = settings.once('devices');
+  const devices = reader.devices(list);
   return {
     folders: found,
     logLevel: reader.logLevel(settings.once('log')),
     devices,
-    history: reader.history(settings.once('history'), devices.length > 0),
+    history: reader.history(settings.once('history'), devices, list),
     store: reader.store(settings.once('store')),
     nbd: reader.nbd(settings.once('nbd')),
     metrics: reader.metrics(settings.once('metrics')),

@@ -109,6 +109,9 @@ test('each setting of the schema is explained in the example', (t) => {
   }
 });
 
+const devices = (count: number): string =>
+  `<devices>${Array.from({ length: count }, (_, index) => `<device path="/${index}"/>`).join('')}</devices>`;
+
 /** Good documents, and what is in them. */
 const GOOD: readonly (readonly [xml: string, expected: (found: Configuration) => unknown])[] = [
   [one('<folders run="/r"/>'), (c) => c.folders.run === '/r' && c.api.socket === '/r/control.sock'],
@@ -125,6 +128,8 @@ const GOOD: readonly (readonly [xml: string, expected: (found: Configuration) =>
   [one('<devices><device path="/a"/></devices>'), (c) => c.history.keep],
   [one('<devices><device path="/a"/></devices><history keep="no"/>'), (c) => !c.history.keep],
   [one('<history place="/h" size="1M"/>'), (c) => c.history.place === '/h'],
+  [one(devices(64)), (c) => c.history.keep],
+  [one(`${devices(65)}<history keep="no"/>`), (c) => c.devices.length === 65],
   [one('<store><memory share="0"/></store>'), (c) => c.store.memoryShare === 0],
   [
     one('<store><device path="/b"/><folder path="/a"/><device path="/c"/></store>'),
@@ -218,6 +223,8 @@ const BEYOND: readonly (readonly [content: string, line: number, column: number]
   ['<devices><device path="/a" blocksize="3K"/></devices>', 2, 28],
   ['<devices><device path="/a" blocksize="2K"/></devices>', 2, 28],
   ['<history size="512K"/>', 2, 10],
+  [devices(65), 2, 1],
+  [`<history place="/h"/>${devices(65)}`, 2, 22],
   ['<store size="0"/>', 2, 8],
   ['<store size="9999999999G"/>', 2, 8],
   ['<store size="2G" max="1G"/>', 2, 18],
@@ -240,7 +247,7 @@ const BEYOND: readonly (readonly [content: string, line: number, column: number]
 ];
 
 for (const [content, line, column] of [...BAD, ...BEYOND]) {
-  test(`refused: ${content.replaceAll('\n', ' ')}`, (t) => {
+  test(`refused: ${content.replaceAll('\n', ' ').slice(0, 100)}`, (t) => {
     const error = t.throws(() => parse(one(content)), {
       instanceOf: XmlError,
       code: 'BAD_CONFIGURATION',
