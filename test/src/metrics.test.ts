@@ -2,6 +2,7 @@
 /** What several NBD servers of one daemon have counted, in one answer. */
 import test from 'ava';
 import { countRequest, emptyFigures } from '../../nbd/figures.ts';
+import type { DeviceReport } from '../../src/devices.ts';
 import { type NbdFigures, NO_FIGURES, sumFigures } from '../../src/metrics.ts';
 import { Metrics } from '../../src/prometheus.ts';
 
@@ -36,4 +37,22 @@ test('figures of several servers are summed, exports by their names', async (t) 
   }
   // What was given is not what was added up.
   t.is(one.exports.get('system')?.readBytes, 1000);
+});
+
+test('why a history began, and why one will not be kept, is in the metrics', async (t) => {
+  const device = (name: string, began: string, kept: string): DeviceReport => ({
+    ...{ name, device: `/dev/${name}`, tracker: '1', sizeBytes: 1, blockSizeBytes: 65_536 },
+    ...{ generation: 'a', number: 1, takenUp: false, began, kept, writes: 0, heldWrites: 0 },
+    ...{ inSnapshot: false, resized: false, gone: false },
+  });
+  const devices = [device('sda', 'NOT_SAVED', 'OK'), device('sdb', 'FIRST', 'CONTAINER')];
+  const text = await new Metrics(() => ({ nbd: NO_FIGURES, devices })).text();
+  for (const line of [
+    'stillblock_history_began{disk="sda",reason="NOT_SAVED"} 1',
+    'stillblock_history_began{disk="sdb",reason="FIRST"} 1',
+    'stillblock_history_kept{disk="sda",reason="OK"} 1',
+    'stillblock_history_kept{disk="sdb",reason="CONTAINER"} 0',
+  ]) {
+    t.true(text.split('\n').includes(line), `${line} in\n${text}`);
+  }
 });
