@@ -12,22 +12,26 @@ import {
   dracutImage,
   foreignWrite,
   fullPlace,
+  growAndCut,
   hangingPlace,
   kills,
   lateDisk,
   movedDisk,
   randomCuts,
   systemdReboot,
+  workMs,
 } from '../vm/reboot-proofs.ts';
 
 const limitMs = 120 * 60_000;
 const firstSeed = Number(process.env['STILLBLOCK_TEST_SEED'] ?? 1);
-/** Power cuts at random moments. */
-const cutsOf =
-  (from: number, count: number) =>
+let spanMs: number | undefined;
+/** Five power cuts at random moments. */
+const cutsFrom =
+  (from: number) =>
   async (t: ExecutionContext, at: Booted): Promise<void> => {
-    const seeds = Array.from({ length: count }, (_, index) => firstSeed + from + index);
-    await kills(t, at, await randomCuts(t, at, seeds));
+    spanMs ??= await workMs(t, at);
+    const seeds = Array.from({ length: 5 }, (_, index) => firstSeed + from + index);
+    await kills(t, at, randomCuts(spanMs, seeds));
   };
 
 let world: Booted;
@@ -45,14 +49,17 @@ const proofs: Readonly<Record<string, (t: ExecutionContext, at: Booted) => Promi
   'another system writes a block': foreignWrite,
   'a place that is not right': badPlaces,
   systemd: systemdReboot,
+  'a longer place, and a power cut that is told of': growAndCut,
   'the place hangs or fails at the end': hangingPlace,
   'a disk that comes late': lateDisk,
   'a place that is full': fullPlace,
   'a disk that was in another machine': movedDisk,
   'ten clean reboots': (t, at) => cleanReboots(t, at, 10),
-  'power cuts, the first five': cutsOf(0, 5),
-  'power cuts, fifteen more': cutsOf(5, 15),
   dracut: dracutImage,
+  'power cuts, the first five': cutsFrom(0),
+  'power cuts, the second five': cutsFrom(5),
+  'power cuts, the third five': cutsFrom(10),
+  'power cuts, the last five': cutsFrom(15),
 };
 
 for (const [what, proof] of Object.entries(proofs)) {

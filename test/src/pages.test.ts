@@ -11,15 +11,12 @@ import { makeProgram } from '../../src/program.ts';
 import { blocksOf, commandsOf, Page, pageNames, readPage } from '../pages.ts';
 import { checkout } from '../vm/checkout.ts';
 
-/** Pages of which not all blocks are run yet. */
-const WAITING: ReadonlySet<string> = new Set(['docs/reboot.md']);
-
 const read = (path: string): string => readFileSync(join(checkout, path), 'utf8');
 
 test('each block of commands is run by the test that its page names', async (t) => {
   const problems: string[] = [];
   let count = 0;
-  for (const page of (await pageNames()).filter((name) => !WAITING.has(name))) {
+  for (const page of await pageNames()) {
     for (const { line, runBy, notRun } of blocksOf(page, await readPage(page))) {
       count += 1;
       if (runBy === undefined && notRun === undefined) {

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # In a root made by boot-tree.ts: what stands between the initramfs and the tests. As process 1
 # (init=…) it does as little as that can be: the network, udev for disks if the command line has
-# the word with_udev, and then it is the agent. As a service of systemd (with an argument) it
-# leaves udev alone.
+# the word with_udev, which the kernel makes an argument, too, and then it is the agent. As a
+# service of systemd (with the argument `service`) it leaves both alone.
 # /etc/stillblock-tests, written by boot-tree.ts, sets: agent, agent_port, path.
 . /etc/stillblock-tests
-if [ $# = 0 ]; then
+if [ "${1-}" != service ]; then
     mount -o remount,rw /
     read -r line </proc/cmdline
     case " $line " in

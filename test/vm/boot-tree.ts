@@ -1,10 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // A machine's own root: the tree of scripts/boot-tree.sh with a kernel's modules, our module and
-// our hooks in it, as a disk of ext4 and as an initramfs that initramfs-tools makes in it.
+// our hooks in it, installed as docs/reboot.md says; as a disk of ext4 and as an initramfs that
+// initramfs-tools makes in it.
 
-import { chmodSync, copyFileSync, cpSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
+import {
+  chmodSync,
+  copyFileSync,
+  cpSync,
+  mkdirSync,
+  readdirSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { dirname, join } from 'node:path';
 import { buildTool } from '../kernels/world.ts';
+import { Page } from '../pages.ts';
 import { cacheFolder, checkout, type KernelName, modulePath, stockKernel } from './checkout.ts';
 import { agentPort } from './guest.ts';
 import { runTool, type ToolResult } from './host.ts';
@@ -81,8 +91,9 @@ export class BootTree {
    * Copies the tree, and puts what is of this checkout into it.
    *
    * @param folder that is not there yet
+   * @param foreign file for an initramfs that has nothing of ours
    */
-  static async make(folder: string, kernel: KernelName): Promise<BootTree> {
+  static async make(folder: string, kernel: KernelName, foreign: string): Promise<BootTree> {
     const ioctls = await buildTool('ioctls');
     const { release, modulesFolder } = stockKernel(kernel);
     await runTool('cp', ['-a', join(cacheFolder, 'toolchains/boot-bookworm'), folder]);
@@ -91,6 +102,11 @@ export class BootTree {
     tree.#putFiles(kernel);
     tree.#copy(ioctls, ioctlsPath, 0o755);
     await runTool('depmod', ['-b', folder, release]);
+    await tree.#run('update-initramfs', '-c', '-k', release);
+    // As a kernel's package makes it: `update-initramfs -u` is for that one.
+    symlinkSync(`boot/initrd.img-${release}`, tree.path('initrd.img'));
+    tree.#takeInitrd(foreign);
+    await tree.#installHook();
     await tree.#run('systemctl', '-q', 'enable', ...['host.mount', 'agent', 'stillblock']);
     await tree.#run('systemctl', '-q', 'mask', 'apt-daily.timer', 'apt-daily-upgrade.timer');
     return tree;
@@ -133,14 +149,8 @@ export class BootTree {
     const { release } = stockKernel(kernel);
     const config = `kernels/${kernel}/boot/config-${release}`;
     this.#copy(join(cacheFolder, config), `boot/config-${release}`);
-    this.#copy(own('build/native/stillblock-early'), 'usr/lib/stillblock/stillblock-early', 0o755);
-    for (const part of ['initramfs-tools', 'dracut']) {
-      const to = part === 'dracut' ? 'usr/lib/dracut/modules.d' : `usr/share/${part}`;
-      cpSync(own(`configs/${part}`), this.path(to), { recursive: true });
-    }
-    for (const name of ['59-stillblock.rules', '60-stillblock-track.rules']) {
-      this.#copy(own(`configs/udev/${name}`), `usr/lib/udev/rules.d/${name}`);
-    }
+    cpSync(own('configs/dracut'), this.path('usr/lib/dracut/modules.d'), { recursive: true });
+    this.#copy(own('configs/udev/59-stillblock.rules'), 'etc/udev/rules.d/59-stillblock.rules');
     for (const name of ['stillblock.service', 'stillblock.socket']) {
       this.#copy(own(`configs/systemd/${name}`), `etc/systemd/system/${name}`);
     }
@@ -166,6 +176,21 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     this.write('etc/machine-id', '0123456789abcdef0123456789abcdef\n');
     this.write('etc/initramfs-tools/conf.d/tests', 'MODULES=list\nCOMPRESS=gzip\nFSTYPE=ext4\n');
     this.write('etc/initramfs-tools/modules', `${early.join('\n')}\n`);
+  }
+
+  /** By the page's own commands, as if this checkout were in the tree. */
+  async #installHook(): Promise<void> {
+    const sources = 'usr/src/stillblock';
+    const early = 'build/native/stillblock-early';
+    this.#copy(join(checkout, early), `${sources}/${early}`, 0o755);
+    cpSync(join(checkout, 'configs'), this.path(`${sources}/configs`), { recursive: true });
+    const page = await Page.open('docs/reboot.md', import.meta.url);
+    const { text } = page.take('update-initramfs -u');
+    await this.#run('sh', '-ec', `cd /${sources}\n${text}`);
+  }
+
+  #takeInitrd(file: string): void {
+    copyFileSync(this.path(`boot/initrd.img-${this.#release}`), file);
   }
 
   /** The tree as it is now, as a disk's file. */
@@ -194,11 +219,11 @@ path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   /**
    * An initramfs by update-initramfs, with our hook as it is installed.
    *
-   * @param plan what the daemon has written as boot plan; undefined before it has
+   * @param plan what the daemon has written as boot plan
    */
-  async makeInitrd(file: string, plan: string | undefined): Promise<void> {
-    if (plan !== undefined) this.write('var/lib/stillblock/boot-plan', plan);
-    await this.#run('update-initramfs', '-c', '-k', this.#release);
-    copyFileSync(this.path(`boot/initrd.img-${this.#release}`), file);
+  async makeInitrd(file: string, plan: string): Promise<void> {
+    this.write('var/lib/stillblock/boot-plan', plan);
+    await this.#run('update-initramfs', '-u');
+    this.#takeInitrd(file);
   }
 }

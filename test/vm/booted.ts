@@ -38,6 +38,8 @@ export const nodes: Readonly<Record<DiskName, string>> = {
 };
 const mounts: Each<string> = { root: '/', data: '/srv/data' };
 const blockBytes = 65_536;
+/** Longest time for our commands, which an emulated processor has to compile first, milliseconds. */
+export const cliLimitMs = 600_000;
 export const place = '/var/lib/stillblock/histories';
 
 /** A point that the copies are of. */
@@ -64,8 +66,10 @@ export interface BootOptions {
   readonly initrd?: string;
 }
 
+export const metrics = '/run/metrics.sock';
 const settings = `<stillblock>
   <devices><device path="/dev/vda" name="root"/><device path="/dev/vdb" name="data"/></devices>
+  <metrics socket="${metrics}"/>
 </stillblock>
 `;
 
@@ -103,6 +107,22 @@ export class Boot {
 
   async hold(): Promise<void> {
     await this.module.require(`place file:${place}:${nodes.root}`);
+  }
+
+  /** With systemd: the daemon is there, and the data disk is mounted. */
+  async up(): Promise<void> {
+    await this.guest.run(
+      'until systemctl is-active -q stillblock srv-data.mount; do sleep 0.5; done',
+      { timeoutMs: cliLimitMs },
+    );
+  }
+
+  /** What a command of ours says. */
+  async told(command: string): Promise<unknown> {
+    const { stdout } = await this.guest.run(`stillblock ${command} --json`, {
+      timeoutMs: cliLimitMs,
+    });
+    return JSON.parse(stdout);
   }
 
   async write(name: string, kib: number): Promise<void> {
@@ -231,11 +251,10 @@ export class Booted {
   }
 
   async #prepare(): Promise<void> {
-    const tree = await BootTree.make(this.file('tree'), this.kernel);
+    this.#foreignInitrd = this.file('initrd-foreign');
+    const tree = await BootTree.make(this.file('tree'), this.kernel, this.#foreignInitrd);
     this.#tree = tree;
     tree.write('etc/stillblock/stillblock.xml', settings);
-    this.#foreignInitrd = this.file('initrd-foreign');
-    await tree.makeInitrd(this.#foreignInitrd, undefined);
     await tree.makeDisk(this.file('root'), sizes.root * MiB);
     for (const name of ['data', 'copyroot', 'copydata', 'image', 'spare'] as const) {
       makeSparseFile(this.file(name), sizes[name] * MiB);
@@ -252,9 +271,14 @@ export class Booted {
       kill $daemon; wait $daemon || true
       cat /var/lib/stillblock/boot-plan`,
     );
-    this.#plan = plan;
-    await tree.makeInitrd(this.#initrd, plan);
+    await this.keepPlan(plan);
     await first.reboot();
+  }
+
+  /** Boots from now on are by a plan that the daemon has written. */
+  async keepPlan(plan: string): Promise<void> {
+    this.#plan = plan;
+    await this.#tree?.makeInitrd(this.#initrd, plan);
   }
 
   /** What the daemon has written as plan. */

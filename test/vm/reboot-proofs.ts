@@ -7,14 +7,26 @@ import { closeSync, openSync, readSync, writeSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { ExecutionContext } from 'ava';
 import { Random } from '../fuzz/random.ts';
-import { history, type Seen } from '../kernels/histories.ts';
-import { type Boot, type Booted, type Each, nodes, tracked } from './booted.ts';
-import { bootGuest, GuestFailure } from './guest.ts';
+import { history, type Seen, seenHistories } from '../kernels/histories.ts';
+import { buildTool, Conversation, MiB } from '../kernels/world.ts';
+import {
+  type Boot,
+  type Booted,
+  cliLimitMs,
+  type Each,
+  metrics,
+  nodes,
+  place,
+  type TrackedName,
+  tracked,
+} from './booted.ts';
+import { bootGuest, type Guest, GuestFailure } from './guest.ts';
 import { runTool } from './host.ts';
 
 /** Beside what was written: the pages of the place that count as written at each boot. */
 const slackBytes = 1024 * 1024;
 const workloadMs = 4_000;
+const planPath = '/var/lib/stillblock/boot-plan';
 /** The kernel's own word, before anything is tracked. */
 const loading = 'stillblock: loading';
 
@@ -99,33 +111,41 @@ async function settleAfter(
   await boot.reboot();
 }
 
-/** Another system, without the module, writes a block of one disk. */
-export async function foreignWrite(t: ExecutionContext, world: Booted): Promise<void> {
+/** Another system has some of the disks, and writes a block of the data disk. */
+async function writeElsewhere(
+  t: ExecutionContext,
+  world: Booted,
+  disks: readonly TrackedName[],
+  prepare: (other: Guest, data: string) => Promise<void> = async () => {},
+): Promise<void> {
   const other = await bootGuest({
     ...{ kernel: world.kernel, memoryMiB: 512 },
-    disks: world.disksFor('root', 'data'),
+    disks: [...world.disksFor(...disks), { name: 'place', sizeBytes: 4 * MiB }],
   });
   const data = await other.disk('data');
+  await prepare(other, data);
   await other.run(`mkdir -p /srv/data; mount ${data} /srv/data
     dd if=/dev/urandom of=/srv/data/before conv=notrunc,fsync bs=4k count=1 status=none
     umount /srv/data`);
   await other.shutdown();
-  await settleAfter(t, world, { root: history.ok, data: history.changed }, 'a foreign write');
+  const what = `written by another system, which had ${disks.join(' and ')}`;
+  await settleAfter(t, world, { root: history.ok, data: history.changed }, what);
 }
 
-/** The data disk is written to in another machine, which has the module, but does not track it. */
+/** Another system, without the module, has both disks. */
+export const foreignWrite = (t: ExecutionContext, world: Booted): Promise<void> =>
+  writeElsewhere(t, world, tracked);
+
+/** The data disk is in another machine for a while, which tracks it, and keeps its histories. */
 export async function movedDisk(t: ExecutionContext, world: Booted): Promise<void> {
-  const other = await bootGuest({
-    ...{ kernel: world.kernel, memoryMiB: 512 },
-    disks: world.disksFor('data'),
+  await writeElsewhere(t, world, ['data'], async (other, data) => {
+    await other.loadModule();
+    const module = new Conversation(other, await buildTool('ioctls'));
+    await module.require(`place device:${await other.disk('place')} format`);
+    await module.require(`attach ${data} 0 serial:data`);
+    const [there] = await seenHistories(module);
+    t.like(there, { takenUp: false, began: history.first, kept: history.ok });
   });
-  await other.loadModule();
-  const data = await other.disk('data');
-  await other.run(`mkdir -p /srv/data; mount ${data} /srv/data
-    dd if=/dev/urandom of=/srv/data/before conv=notrunc,fsync bs=4k count=1 status=none
-    umount /srv/data`);
-  await other.shutdown();
-  await settleAfter(t, world, { root: history.ok, data: history.changed }, 'a moved disk');
 }
 
 interface Killed {
@@ -167,12 +187,8 @@ async function workUntil(world: Booted, kill?: Cut): Promise<Killed> {
   return { console: boot.guest.console(), ending };
 }
 
-/** @returns random moments between the module's load and the end of a boot, one per seed */
-export async function randomCuts(
-  t: ExecutionContext,
-  world: Booted,
-  seeds: readonly number[],
-): Promise<Cut[]> {
+/** @returns how long it is from the module's load to the end of a boot, milliseconds */
+export async function workMs(t: ExecutionContext, world: Booted): Promise<number> {
   const restore = await world.saveDisks();
   const stamps = (await workUntil(world)).console
     .split('\n')
@@ -182,10 +198,15 @@ export async function randomCuts(
   const spanMs =
     1000 * (secondsOf(stamps.at(-1)) - secondsOf(stamps.find((line) => line.includes(loading))));
   t.log(`from the module's load to the end: ${spanMs.toFixed(0)} ms`);
+  return Math.round(spanMs);
+}
+
+/** @returns random moments between the module's load and the end of a boot, one per seed */
+export function randomCuts(spanMs: number, seeds: readonly number[]): Cut[] {
   return seeds.map((seed) => ({
     what: `seed ${seed}`,
     word: loading,
-    afterMs: new Random(seed).below(Math.round(spanMs)),
+    afterMs: new Random(seed).below(spanMs),
   }));
 }
 
@@ -392,40 +413,95 @@ export async function lateDisk(t: ExecutionContext, world: Booted): Promise<void
   }
 }
 
-const cliLimitMs = 600_000;
-
 /** systemd, the daemon and its commands in the place of the tests' own: two boots, one increment. */
 export async function systemdReboot(t: ExecutionContext, world: Booted): Promise<void> {
-  const told = async (boot: Boot, command: string): Promise<unknown> => {
-    const { stdout } = await boot.guest.run(`stillblock ${command} --json`, {
-      timeoutMs: cliLimitMs,
-    });
-    return JSON.parse(stdout);
-  };
   let boot = await world.boot({ init: 'systemd' });
-  await boot.guest.run(
-    `until systemctl is-active -q stillblock srv-data.mount; do sleep 0.5; done
-    stillblock backup begin --checkpoint monday --store memory --store-size 64M -U /run/monday.sock && stillblock backup end`,
-    { timeoutMs: cliLimitMs },
-  );
+  await boot.up();
+  await takeCheckpoint(boot, 'monday');
   await boot.checkpoint();
   boot.startWorkload();
   await delay(workloadMs);
   await boot.reboot([], 'systemctl reboot');
 
   boot = await world.boot({ init: 'systemd' });
-  await boot.guest.run(
-    'until systemctl is-active -q stillblock srv-data.mount; do sleep 0.5; done',
-  );
+  await boot.up();
   assertTakenUp(t, world, await boot.seen(), 'systemd');
-  t.like(await told(boot, 'checkpoint show monday'), {
+  t.like(await boot.told('checkpoint show monday'), {
     disks: [
       { name: 'root', next: 'incremental' },
       { name: 'data', next: 'incremental' },
     ],
   });
-  t.like(await told(boot, 'status'), { lostAtReboot: [], begunAnew: [] });
+  t.like(await boot.told('status'), { lostAtReboot: [], begunAnew: [] });
   await assertIncrements(t, boot, 'systemd');
+  await boot.reboot([], 'systemctl reboot');
+}
+
+async function takeCheckpoint(boot: Boot, name: string): Promise<void> {
+  await boot.guest.run(
+    `stillblock backup begin --checkpoint ${name} --store memory --store-size 64M -U /run/${name}.sock && stillblock backup end`,
+    { timeoutMs: cliLimitMs },
+  );
+}
+
+/**
+ * The place is made longer by the configuration, and taken up in its new length. Then a power
+ * cut: all who may ask are told why a full copy is due.
+ */
+export async function growAndCut(t: ExecutionContext, world: Booted): Promise<void> {
+  let boot = await world.boot({ init: 'systemd' });
+  await boot.up();
+  await takeCheckpoint(boot, 'tuesday');
+  const { stdout: plan } = await boot.guest.run(
+    `sed -i 's|</stillblock>|<history size="12M"/></stillblock>|' /etc/stillblock/stillblock.xml
+    systemctl reload stillblock
+    until [ "$(stat -c %s ${place})" = ${12 * MiB} ] && [ -s ${planPath} ]; do sleep 0.5; done
+    cat ${planPath}`,
+    { timeoutMs: cliLimitMs },
+  );
+  await boot.checkpoint();
+  await world.keepPlan(plan);
+  await boot.reboot([], 'systemctl reboot');
+
+  boot = await world.boot();
+  assertTakenUp(t, world, await boot.seen(), 'a longer place');
+  await boot.settle();
+  await boot.write('killed', 64);
+  await boot.guest.kill();
+
+  boot = await world.boot({ init: 'systemd' });
+  await boot.up();
+  const why = (device: string): unknown => ({ device, reason: 'NOT_SAVED' });
+  t.like(await boot.told('status'), {
+    lostAtReboot: [],
+    begunAnew: [why(nodes.root), why(nodes.data)],
+  });
+  t.like(await boot.told('checkpoint show tuesday'), {
+    disks: [
+      { name: 'root', next: 'full' },
+      { name: 'data', next: 'full' },
+    ],
+  });
+  const { stdout } = await boot.guest.run(
+    `python3 -c "import socket; s = socket.socket(socket.AF_UNIX); s.connect('${metrics}'); s.sendall(b'GET /metrics HTTP/1.0\\r\\n\\r\\n'); print(s.makefile().read())"
+    stillblock device attach ${nodes.spare}
+    stillblock doctor | grep -i histor
+    stillblock backup begin --checkpoint wednesday --incremental tuesday --disk root --disk data --store memory --store-size 64M -U /run/no.sock 2>&1
+    echo "exit $?"`,
+    { timeoutMs: cliLimitMs },
+  );
+  for (const name of tracked) {
+    t.true(
+      stdout.includes(`stillblock_history_began{disk="${name}",reason="NOT_SAVED"} 1`),
+      stdout,
+    );
+    t.true(stdout.includes(`stillblock_history_kept{disk="${name}",reason="OK"} 1`), stdout);
+  }
+  t.regex(stdout, /history of vdf +warn +a reboot would end it: it has no ext4/);
+  t.regex(stdout, /histories +ok +2 will be written at a clean reboot/);
+  t.regex(stdout, /not shut down cleanly/);
+  t.regex(stdout, /^exit 3$/m);
+  await boot.checkpoint();
   await boot.reboot([], 'systemctl reboot');
 }
 
