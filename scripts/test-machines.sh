@@ -6,7 +6,7 @@
 . "$(dirname "$0")/ava.sh"
 cd "$checkout"
 
-scripts/machine.sh bookworm
+scripts/machine.sh bookworm trixie
 packages=(stillblock stillblock-dkms)
 # The slowest to make, and of no source here.
 compgen -G 'build/packages/stillblock-node_*.deb' >/dev/null || packages+=(stillblock-node)

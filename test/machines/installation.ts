@@ -1,34 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The packages in a fresh Debian: installed by the commands of docs/packages.md they load the
-// module and start the service, which takes a snapshot; removed they leave nothing.
+// The packages in a machine: installed and removed by the commands of docs/packages.md.
 //
 // An emulated processor would build the module for half an hour. So DKMS builds it outside,
 // in the tree of just this machine, and the package is given it as docs/module.md says. That
 // DKMS builds it in each Debian is shown by scripts/test-dkms.sh. Nor is the initramfs made
 // anew, which takes minutes, too: what our hooks do in one is shown by test/reboots.
 
-import { cp, mkdir, mkdtemp, readdir, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { cp, mkdir, readdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import test, { type ExecutionContext } from 'ava';
+import type { ExecutionContext } from 'ava';
 import { commandsOf, Page, readPage } from '../pages.ts';
 import { checkout } from '../vm/checkout.ts';
 import { runTool } from '../vm/host.ts';
-import { Machine, type MachineName } from '../vm/machine.ts';
+import type { Machine, MachineName } from '../vm/machine.ts';
 
-const MiB = 1 << 20;
-const limitMs = 60 * 60_000;
-const dataBytes = 256 * MiB;
+/** Of a step in an emulated machine. */
+export const limitMs: number = 60 * 60_000;
 const tarball = 'stillblock.dkms.tar.gz';
 
-interface Recipe {
+export interface Recipe {
   readonly name: MachineName;
   readonly firmware: 'bios' | 'uefi';
   readonly packages: readonly string[];
 }
 
 /** The packages, and the module that DKMS made of them, as a disk of their own. */
-async function packagesDisk(folder: string, { name, packages }: Recipe): Promise<string> {
+export async function packagesDisk(folder: string, { name, packages }: Recipe): Promise<string> {
   const source = join(checkout, 'build/packages');
   const made = await readdir(source).catch((): string[] => []);
   const content = join(folder, 'content');
@@ -49,7 +46,7 @@ async function packagesDisk(folder: string, { name, packages }: Recipe): Promise
 }
 
 /** Installs as the documents say; apt-get is told not to ask. */
-async function install(machine: Machine, { packages }: Recipe): Promise<string> {
+export async function install(machine: Machine, { packages }: Recipe): Promise<string> {
   const page = await Page.open('docs/packages.md', import.meta.url);
   const [installation = ''] = commandsOf(page.take('apt-get install')).filter(
     (line) => line.split(' ./').length === packages.length + 1,
@@ -70,7 +67,7 @@ async function install(machine: Machine, { packages }: Recipe): Promise<string> 
 }
 
 /** Signs the module with a key of this machine, as docs/module.md says. */
-async function sign(machine: Machine): Promise<void> {
+export async function sign(machine: Machine): Promise<void> {
   const page = await Page.open('docs/module.md', import.meta.url);
   const makeKey = commandsOf(page.take('mok.key'));
   const text = await readPage('docs/module.md');
@@ -93,85 +90,20 @@ async function traces(machine: Machine): Promise<string> {
 }
 
 /** Removes what was installed, as docs/packages.md says, and looks for what is left. */
-async function remove(t: ExecutionContext, machine: Machine, { packages }: Recipe): Promise<void> {
+export async function remove(
+  t: ExecutionContext,
+  machine: Machine,
+  { packages }: Recipe,
+): Promise<void> {
   await machine.run('apt-get -y -q remove stillblock', { timeoutMs: limitMs });
   const left = await machine.run(
     'pgrep -af "[s]tillblock (serve|nbd)"; systemctl is-active stillblock.service stillblock.socket; ls -d /sys/module/stillblock /dev/stillblock*',
     { check: false },
   );
   t.is(left.stdout, 'inactive\ninactive\n');
-  await machine.run(`apt-get -y -q purge ${packages.join(' ')}`, {
+  await machine.run(`rm -r /etc/stillblock/pki; apt-get -y -q purge ${packages.join(' ')}`, {
     timeoutMs: limitMs,
   });
   t.is((await machine.run('dkms status')).stdout, '');
   t.is(await traces(machine), '');
 }
-
-/** An image of the disk that the machine writes to, under its own name, and as it was. */
-async function snapshot(t: ExecutionContext, machine: Machine): Promise<void> {
-  const { stdout } = await machine.run(
-    `set -e; disk=/dev/disk/by-id/virtio-data; mkfs.ext4 -q $disk; mount $disk /srv
-    stillblock device attach $disk >&2; echo monday >/srv/file
-    stillblock backup begin --checkpoint monday >&2; echo tuesday >/srv/file; sync
-    ls /dev/disk/by-snapshot/monday; image=$(echo /dev/disk/by-snapshot/monday/*)
-    e2fsck -fn $image >&2; mount -o ro,noload $image /mnt; cat /mnt/file; umount /mnt
-    stillblock backup end >&2; umount /srv; ls /dev/disk/by-snapshot 2>/dev/null || true`,
-    { timeoutMs: limitMs },
-  );
-  t.regex(stdout, /^vd[a-z]\nmonday\n$/);
-}
-
-async function lifetime(t: ExecutionContext, recipe: Recipe): Promise<void> {
-  t.timeout(2 * limitMs);
-  const { firmware, name } = recipe;
-  const folder = await mkdtemp(join(tmpdir(), 'stillblock-packages-'));
-  let begun = performance.now();
-  /** Says how long what has been done since the last call took. */
-  const done = (what: string): void => {
-    const now = performance.now();
-    t.log(`${what}: ${Math.round((now - begun) / 1000)} s`);
-    begun = now;
-  };
-  let machine: Machine | undefined;
-  try {
-    const packages = await packagesDisk(folder, recipe);
-    done('module built by DKMS in the tree of the machine');
-    const disks = [
-      { name: 'data', sizeBytes: dataBytes },
-      { name: 'packages', sizeBytes: 64 * MiB, file: packages },
-    ];
-    machine = await Machine.make({ name, firmware, disks });
-    await machine.powerOn();
-    done('boot');
-    await install(machine, recipe);
-    done('packages installed');
-    const state = await machine.run(
-      'dkms status; systemctl is-active stillblock.service stillblock.socket; stillblock status; stillblock doctor',
-      { check: false },
-    );
-    t.regex(state.stdout, /^stillblock\/.*: installed$/m);
-    t.regex(state.stdout, /^active\nactive\n/m);
-    t.regex(state.stdout, /^module +ok /m);
-    t.notRegex(state.stdout, / fail /);
-    await sign(machine);
-
-    done('state looked at, a module signed');
-    await snapshot(t, machine);
-    done('a snapshot');
-    await remove(t, machine, recipe);
-    done('packages removed');
-    await machine.powerOff();
-    machine.assertCleanConsole();
-  } finally {
-    await machine?.remove();
-    await rm(folder, { recursive: true, force: true });
-  }
-}
-
-test.serial('Debian 12, BIOS: installed, a snapshot taken, removed', (t) =>
-  lifetime(t, {
-    name: 'bookworm',
-    firmware: 'bios',
-    packages: ['stillblock', 'stillblock-dkms', 'stillblock-node'],
-  }),
-);
