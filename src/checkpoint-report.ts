@@ -5,6 +5,8 @@ import type { Disk } from './disks.ts';
 
 export interface CheckpointReport {
   readonly name: string;
+  /** UUID of the backup that it is of; null where it was made by a version that gave none. */
+  readonly id: string | null;
   readonly description: string;
   readonly parent: string | null;
   /** ISO 8601. */
@@ -25,9 +27,9 @@ export interface CheckpointDetails extends CheckpointReport {
 
 /** @returns what is told of a checkpoint in a list */
 export function toCheckpointReport(checkpoint: Checkpoint): CheckpointReport {
-  const { name, description, parent, creationTime, disks } = checkpoint;
+  const { name, id, description, parent, creationTime, disks } = checkpoint;
   const createdAt = new Date(creationTime * 1000).toISOString();
-  return { name, description, parent: parent ?? null, createdAt, disks };
+  return { name, id: id ?? null, description, parent: parent ?? null, createdAt, disks };
 }
 
 /** What the next backup of a disk of a checkpoint can be, as far as is known now. */

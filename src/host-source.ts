@@ -15,6 +15,7 @@ import {
   getLayout,
   type Input,
   listBackups,
+  listCheckpoints,
   type Operation,
 } from './operations.ts';
 
@@ -247,15 +248,19 @@ export class HostSource implements PullSource {
   async #release(id: string, kept: boolean): Promise<StillblockError | undefined> {
     const { backups } = await this.#call(listBackups, {});
     const held = backups.find((backup) => backup.id === id);
-    if (held === undefined) {
-      return undefined;
-    }
-    const params = { name: held.checkpoint };
-    const { failed, reason } = await this.#call(endBackup, { params, query: { id } });
+    const ended =
+      held === undefined
+        ? undefined
+        : await this.#call(endBackup, { params: { name: held.checkpoint }, query: { id } });
     if (!kept) {
-      await this.#call(deleteCheckpoint, { params });
+      // It outlives a server that was killed.
+      const { checkpoints } = await this.#call(listCheckpoints, {});
+      for (const { name } of checkpoints.filter((checkpoint) => checkpoint.id === id)) {
+        await this.#call(deleteCheckpoint, { params: { name } });
+      }
     }
-    if (!failed || reason === undefined) {
+    const reason = ended?.failed === true ? ended.reason : undefined;
+    if (reason === undefined) {
       return undefined;
     }
     const { message, advice } = reasonWords(reason, 'the snapshot');

@@ -24,6 +24,7 @@ function record(
 const checkpointDisk = { name: text, sizeBytes: bytes, generation: uuid, number: count };
 const checkpoint = {
   name: text,
+  id: { oneOf: [uuid, { type: 'null' }], description: 'of the backup that it is of' },
   description: text,
   parent: { type: ['string', 'null'] },
   createdAt: time,

@@ -98,6 +98,13 @@ export class Server {
           failure === undefined ? { failed: false } : { failed: true, reason: failure };
         return { status: 200, body: { checkpoint: name, ...failed } };
       }
+      case 'GET checkpoints': {
+        const checkpoints = this.checkpoints.map((each) => ({
+          name: each,
+          id: this.#ids.get(each),
+        }));
+        return { status: 200, body: { checkpoints, broken: [] } };
+      }
       case 'DELETE checkpoints': {
         this.checkpoints.splice(this.checkpoints.indexOf(name), 1);
         for (const { since } of this.machine.disks.values()) {
