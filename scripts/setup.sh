@@ -20,7 +20,7 @@ packages=(
     # guests
     qemu-system-x86 busybox-static util-linux python3
     # what runs inside the guests, whose root is this machine's
-    e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio mount procps psmisc iproute2
+    e2fsprogs xfsprogs btrfs-progs lvm2 dmsetup fdisk fio xxhash mount procps psmisc iproute2
     mdadm cryptsetup-bin thin-provisioning-tools strace stress-ng
     # the toolchain of kernels that are newer than this Debian; the debug kernel
     debootstrap bc bison flex libelf-dev

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Checkpoints as files: what we write we read, and nothing else. */
+import { spawnSync } from 'node:child_process';
 import { mkdir, readdir, readFile, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { env, execPath } from 'node:process';
 import test from 'ava';
 import fc from 'fast-check';
 import {
@@ -13,6 +15,7 @@ import {
   parseCheckpoint,
 } from '../../src/checkpoints.ts';
 import { checkpointFolder } from '../../src/folders.ts';
+import { buildTool } from '../kernels/world.ts';
 import { installation } from './world.ts';
 
 const GENERATION = '8f14e45f-ceea-467f-a83b-b4c6ab3f1d2e';
@@ -248,6 +251,44 @@ test('a checkpoint that cannot be written leaves the old one, and nothing beside
   t.deepEqual(await readdir(folder), ['monday.xml', 'tuesday.xml']);
   t.is(await readFile(join(folder, 'monday.xml'), 'utf8'), GOOD);
 });
+
+/** What is done, before which of its calls it is killed, and what is left. */
+const KILLS = [
+  ['write', 'fsync 0', ['monday']],
+  ['write', 'rename 0', ['monday']],
+  ['write', 'fsync 1', ['monday', 'tuesday']],
+  ['delete', 'unlink 0', ['monday']],
+  ['delete', 'fsync 0', []],
+] as const;
+
+for (const [what, point, left] of KILLS) {
+  test(`killed before ${point} of a ${what}, it has done all of it or nothing`, async (t) => {
+    const folders = await installation(t);
+    const store = new CheckpointStore(folders);
+    await store.prepare();
+    await store.write(MONDAY);
+    const program = `const { CheckpointStore } = await import(${JSON.stringify(new URL('../../src/checkpoints.js', import.meta.url))});
+      const store = new CheckpointStore(${JSON.stringify(folders)});
+      await store.${what}(${JSON.stringify(what === 'write' ? { ...MONDAY, name: 'tuesday' } : 'monday')})`;
+    const file = join(folders.run, 'kill');
+    await mkdir(folders.run, { recursive: true });
+    await writeFile(file, point);
+    const killer = { LD_PRELOAD: await buildTool('killer'), KILL_FILE: file };
+    const { signal, stderr } = spawnSync(execPath, ['--input-type=module', '-e', program], {
+      env: { ...env, ...killer },
+      encoding: 'utf8',
+    });
+    t.is(signal, 'SIGKILL', stderr);
+    // As the next one does that comes up.
+    await store.removeStaged();
+    const { checkpoints, broken } = await store.list();
+    t.deepEqual([checkpoints.map((each) => each.name).toSorted(), broken], [[...left], []]);
+    t.deepEqual(
+      await readdir(checkpointFolder(folders)),
+      left.map((each) => `${each}.xml`),
+    );
+  });
+}
 
 test('a folder that was made for nothing goes again, one that is used stays', async (t) => {
   const folders = await installation(t);

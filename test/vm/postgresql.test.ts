@@ -42,6 +42,7 @@ unix_socket_directories = '/run/db'
 shared_buffers = 64MB
 # Without the hook there would be half an hour of WAL to replay.
 max_wal_size = 4GB
+min_wal_size = 32MB
 checkpoint_timeout = 30min
 `;
 
@@ -116,10 +117,10 @@ test('a database under load is pulled, and what was pulled is whole', async (t) 
   const archive = await makeDatabase(folder);
   const guest = await bootGuest({
     kernel: testKernel(),
-    memoryMiB: 2560,
+    memoryMiB: 2048,
     disks: [
-      { name: 'data', sizeBytes: 256 * MiB },
-      { name: 'wal', sizeBytes: 160 * MiB },
+      { name: 'data', sizeBytes: 128 * MiB },
+      { name: 'wal', sizeBytes: 96 * MiB },
     ],
   });
   try {
