@@ -5,13 +5,9 @@
 // device at that instant, and every change map what has changed between the
 // two.
 
-import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import test from 'ava';
 import { testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import { runTool } from '../vm/host.ts';
 import { buildTool, Conversation, MiB, pace } from './world.ts';
 
 const kernel = testKernel();
@@ -20,7 +16,7 @@ const writtenBytes = 6 * MiB;
 /** What is zeroed of each device, behind that. */
 const zeroed = { start: 8 * MiB, length: 4 * MiB } as const;
 /** The writers leave the processors to the others: microseconds between two writes. */
-const paceUs = pace(40_000);
+const paceUs = pace(80_000);
 /** More than a first write to everything, in whole chunks, in each of the images. */
 const storeBytes = 200 * MiB;
 /** The unit of change tracking of devices of these sizes. */
@@ -74,7 +70,6 @@ const names = Object.keys(kinds);
 const writers = names.filter((name) => kinds[name]?.beneath !== true);
 
 let guest: Guest;
-let folder = '';
 let oracle: Conversation;
 let module: Conversation;
 const nodes = new Map<string, string>();
@@ -84,27 +79,15 @@ function path(name: string): string {
   return fixed ?? `${nodes.get(disk)}${partition}`;
 }
 
-/** A disk on another bus than the others. */
-async function busDisk(name: string, device: readonly string[]): Promise<string[]> {
-  const file = join(folder, name);
-  await runTool('truncate', ['-s', '24M', file]);
-  return ['-drive', `if=none,id=${name},format=raw,cache=unsafe,file=${file}`, ...device];
-}
-
 test.before(async () => {
-  folder = await mkdtemp(join(tmpdir(), 'stillblock-devices-'));
   const [oracleProgram, ioctls] = await Promise.all([buildTool('oracle'), buildTool('ioctls')]);
   guest = await bootGuest({
     kernel,
-    disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 2048,
-    appendCmdline: 'nvme.poll_queues=1',
-    extraArgs: [
-      ...(await busDisk('nvme', ['-device', 'nvme,drive=nvme,serial=nvme'])),
-      ...(await busDisk('scsi', [
-        ...['-device', 'virtio-scsi-pci,id=scsi'],
-        ...['-device', 'scsi-hd,drive=scsi,bus=scsi.0'],
-      ])),
+    saved: true,
+    disks: [
+      ...Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
+      { name: 'nvme', sizeBytes: 24 * MiB, bus: 'nvme' },
+      { name: 'scsi', sizeBytes: 24 * MiB, bus: 'virtio-scsi' },
     ],
   });
   for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
@@ -148,10 +131,7 @@ test.before(async () => {
   }
 });
 
-test.after.always(async () => {
-  await guest?.kill();
-  await rm(folder, { recursive: true, force: true });
-});
+test.after.always(() => guest?.kill());
 
 /** How many writes of each writer had been completed, or at least submitted. */
 async function progress(): Promise<Map<string, { completed: number; submitted: number }>> {

@@ -44,7 +44,7 @@ test.before(async () => {
   guest = await bootGuest({
     kernel,
     disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 1536,
+    saved: true,
   });
   for (const name of Object.keys(disks) as (keyof typeof disks)[]) {
     nodes.set(name, await guest.disk(name));

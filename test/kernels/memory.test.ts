@@ -14,7 +14,7 @@ const kernel = testKernel();
 if (kernel !== 'debug') throw new Error('STILLBLOCK_TEST_KERNEL=debug is the one that can do it');
 const disks = { raw: 24, other: 16, store: 64 } as const;
 const writtenBytes = 16 * MiB;
-const paceUs = pace(2000);
+const paceUs = pace(4000);
 const ENOMEM = 12;
 const EFAULT = 14;
 /** More allocations than any request makes: the loops end before. */
@@ -36,7 +36,7 @@ test.before(async () => {
   guest = await bootGuest({
     kernel,
     disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 1024,
+    saved: true,
   });
   for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
   await guest.run(

@@ -25,7 +25,7 @@ const killed = 128 + 9;
 const ENOMEM = 12;
 const disks = { raw: 40, mounted: 64, store: 96 } as const;
 const writtenBytes = 24 * MiB;
-const paceUs = pace(6000);
+const paceUs = pace(12_000);
 const mapped = '/dev/mapper/mounted';
 /** How often the module comes and goes. */
 const reloads = 6;
@@ -49,7 +49,7 @@ test.before(async () => {
   guest = await bootGuest({
     kernel,
     disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 1024,
+    saved: true,
   });
   for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
   await guest.run(

@@ -13,6 +13,7 @@ import {
   Backup,
   buildTool,
   Conversation,
+  checksum,
   cli,
   cliLimitMs,
   MiB,
@@ -26,7 +27,7 @@ const kernel = testKernel();
 const fullRequired = 3;
 const disks = { raw: 40, parted: 192, spare: 64, other: 160 } as const;
 const writtenBytes = 24 * MiB;
-const paceUs = pace(6000);
+const paceUs = pace(12_000);
 
 let guest: Guest;
 let oracle: Conversation;
@@ -44,7 +45,7 @@ test.before(async () => {
   guest = await bootGuest({
     kernel,
     disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 1024,
+    saved: true,
   });
   for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));
   await guest.run(
@@ -172,7 +173,7 @@ async function hashIn(image: string, file: string): Promise<string> {
   const { stdout } = await guest.run(
     `set -e; mkdir -p /run/image
     losetup --read-only --offset ${MiB} /dev/loop7 ${image} && mount -o ro,noload /dev/loop7 /run/image
-    sha256sum </run/image/${file}; umount /run/image; losetup -d /dev/loop7`,
+    ${checksum} </run/image/${file}; umount /run/image; losetup -d /dev/loop7`,
     { timeoutMs: askLimitMs },
   );
   return stdout;
@@ -272,7 +273,7 @@ test.serial('a store grows while it is held', async (t) => {
 test.serial(
   'a folder or file on a disk of the snapshot is a store that the image does not show',
   async (t) => {
-    const before = await guest.run('sha256sum </srv/origin/old');
+    const before = await guest.run(`${checksum} </srv/origin/old`);
     const { number } = await tracked('parted');
     if (!withProduct) await guest.run('fallocate -l 64M /srv/origin/first; sync');
     const held = await hold(

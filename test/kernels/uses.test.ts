@@ -3,17 +3,13 @@
 // swap, on another partition of a tracked disk, while the machine swaps; and
 // raw, by every way to submit a write that the kernel has.
 
-import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
 import test from 'ava';
 import { testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import { runTool } from '../vm/host.ts';
 import { shellQuote } from '../vm/initrd.ts';
 import { smallXfs } from '../vm/xfs.ts';
-import { askLimitMs, buildTool, Conversation, MiB } from './world.ts';
+import { askLimitMs, buildTool, Conversation, checksum, MiB } from './world.ts';
 
 const kernel = testKernel();
 const disks = { ext4: 48, xfs: 64, btrfs: 128, parted: 96, raw: 16, store: 240 } as const;
@@ -25,7 +21,6 @@ const hogMiB = 64;
 const hogLimitMiB = 32;
 
 let guest: Guest;
-let folder = '';
 let module: Conversation;
 const nodes = new Map<Name, string>();
 const ids = new Map<string, string>();
@@ -38,19 +33,14 @@ async function attach(device: string): Promise<string> {
 }
 
 test.before(async () => {
-  folder = await mkdtemp(join(tmpdir(), 'stillblock-uses-'));
-  const nvme = join(folder, 'nvme');
-  await runTool('truncate', ['-s', '16M', nvme]);
   const ioctls = await buildTool('ioctls');
   guest = await bootGuest({
     kernel,
-    disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-    memoryMiB: 1536,
-    // A queue that is polled, for writes that are.
-    appendCmdline: 'nvme.poll_queues=1',
-    extraArgs: [
-      ...['-drive', `if=none,id=nvme,format=raw,cache=unsafe,file=${nvme}`],
-      ...['-device', 'nvme,drive=nvme,serial=nvme'],
+    saved: true,
+    disks: [
+      ...Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
+      // It has a queue that is polled, for writes that are.
+      { name: 'nvme', sizeBytes: 16 * MiB, bus: 'nvme' },
     ],
   });
   for (const name of Object.keys(disks) as Name[]) nodes.set(name, await guest.disk(name));
@@ -72,18 +62,15 @@ test.before(async () => {
   module = new Conversation(guest, ioctls);
 });
 
-test.after.always(async () => {
-  await guest?.kill();
-  await rm(folder, { recursive: true, force: true });
-});
+test.after.always(() => guest?.kill());
 
 /** Checks an image, and prints the hash of `old` in it. */
 const checkers = {
   ext4: (image: string) =>
-    `e2fsck -fn ${image} >/dev/null; mount -o ro,noload ${image} /run/image; sha256sum </run/image/old; umount /run/image`,
+    `e2fsck -fn ${image} >/dev/null; mount -o ro,noload ${image} /run/image; ${checksum} </run/image/old; umount /run/image`,
   // A frozen XFS keeps a record in its log: the checker wants it replayed, on a copy.
   xfs: (image: string) =>
-    `mount -o ro,norecovery,nouuid ${image} /run/image; sha256sum </run/image/old; umount /run/image
+    `mount -o ro,norecovery,nouuid ${image} /run/image; ${checksum} </run/image/old; umount /run/image
     dd if=${image} of=/srv/store/copy bs=1M conv=sparse status=none
     losetup /dev/loop6 /srv/store/copy
     mount -o nouuid /dev/loop6 /run/image; umount /run/image; xfs_repair -n /dev/loop6 >/dev/null 2>&1
@@ -92,7 +79,7 @@ const checkers = {
   btrfs: (image: string) =>
     `btrfs check --readonly --force ${image} >/dev/null 2>&1
     mkdir -p /srv/store/restored; btrfs restore ${image} /srv/store/restored >/dev/null 2>&1
-    sha256sum </srv/store/restored/old; rm -r /srv/store/restored`,
+    ${checksum} </srv/store/restored/old; rm -r /srv/store/restored`,
 } as const;
 
 test.serial('mounted file systems of three kinds are consistent, at one instant', async (t) => {
@@ -105,7 +92,7 @@ test.serial('mounted file systems of three kinds are consistent, at one instant'
   );
   for (const writer of writers) await writer.waitForOutput(/^3$/m, checkLimitMs);
   for (const kind of kinds) await attach(node(kind));
-  const before = await Promise.all(kinds.map((kind) => guest.run(`sha256sum </srv/${kind}/old`)));
+  const before = await Promise.all(kinds.map((kind) => guest.run(`${checksum} </srv/${kind}/old`)));
   const images = await module.require(
     `take mounted trackers=${[...ids.values()].join(',')} mounts=${kinds.map((kind) => `/srv/${kind}`).join(',')} stores=file:/srv/store/file`,
   );
@@ -192,7 +179,7 @@ test.serial(
       );
       const hash = () =>
         guest
-          .run(images.map((image) => `sha256sum </dev/${image}`).join('; '), {
+          .run(images.map((image) => `${checksum} </dev/${image}`).join('; '), {
             timeoutMs: checkLimitMs,
           })
           .then(({ stdout }) => stdout);
@@ -239,7 +226,7 @@ test.serial('raw writes of every kind are preserved, and arrive', async (t) => {
     // By turns, but for what one of them alone can do.
     for (const device of 'polled' in engine ? ['/dev/nvme0n1'] : [devices[index % 2] ?? '']) {
       const name = `${index}-${device.slice(5)}`;
-      const before = await guest.run(`sha256sum <${device}`);
+      const before = await guest.run(`${checksum} <${device}`);
       const [image] = await module.require(
         `take ${name} trackers=${ids.get(device)} stores=memory:${64 * MiB}`,
       );
@@ -250,9 +237,9 @@ test.serial('raw writes of every kind are preserved, and arrive', async (t) => {
       );
       t.is(code, 0, `${engine.what} on ${device}: ${stdout}${stderr}`);
       t.is(stdout.split(';')[4], '0', `${engine.what} on ${device}: ${stdout}`);
-      const after = await guest.run(`sha256sum </dev/${image}`);
+      const after = await guest.run(`${checksum} </dev/${image}`);
       t.is(after.stdout, before.stdout, `${engine.what} on ${device}: the image has changed`);
-      t.not((await guest.run(`sha256sum <${device}`)).stdout, before.stdout);
+      t.not((await guest.run(`${checksum} <${device}`)).stdout, before.stdout);
       await module.require(`close ${name}`);
     }
   }
@@ -263,7 +250,9 @@ test.serial('a discard is swallowed while a snapshot is held, zeroes are preserv
   const device = node('raw');
   const id = await attach(device);
   const hash = (path: string) =>
-    guest.run(`echo 1 >/proc/sys/vm/drop_caches; sha256sum <${path}`).then(({ stdout }) => stdout);
+    guest
+      .run(`echo 1 >/proc/sys/vm/drop_caches; ${checksum} <${path}`)
+      .then(({ stdout }) => stdout);
   const before = await hash(device);
   const [image] = await module.require(`take zeroes trackers=${id} stores=memory:${64 * MiB}`);
   await guest.run(`blkdiscard ${device}`);

@@ -346,6 +346,7 @@ export class Booted {
     for (const name of tracked) closeSync(openSync(this.#logFile(name), 'w'));
     const started = performance.now();
     const guest = await bootGuest({
+      hotplug: true,
       kernel: this.kernel,
       initrd: options.foreign === true ? this.#foreignInitrd : (options.initrd ?? this.#initrd),
       // The console tells what the module does.

@@ -26,6 +26,7 @@ import { makeSparseFile } from './host.ts';
 import { buildInitrd, shellQuote } from './initrd.ts';
 import { plainKernel } from './plain-kernel.ts';
 import { Qmp } from './qmp.ts';
+import { savedBoot } from './saved-boot.ts';
 
 /** How a disk is attached to its guest. */
 export const busNames = ['virtio-blk', 'nvme', 'virtio-scsi'] as const;
@@ -62,6 +63,17 @@ export interface GuestOptions {
    * int3, and a hook that comes or goes under full write load hangs in one of fifty cases.
    */
   readonly parallel?: boolean;
+  /**
+   * true: `plug` will be used. Its methods for thirty slots are what ACPI has to read most
+   * of at boot, which takes half a minute with the checkers.
+   */
+  readonly hotplug?: boolean;
+  /**
+   * true: an emulated guest begins where a boot of this kernel was saved, just before it looks
+   * at its disks. So it has memory, processors, a command line and idle disks that are the same
+   * for all such guests, and disks of other buses are plugged in. See saved-boot.ts.
+   */
+  readonly saved?: boolean;
   /** TCP ports of the guest, each forwarded from a free port of the host's loopback. */
   readonly forwardPorts?: readonly number[];
   readonly extraArgs?: readonly string[];
@@ -99,6 +111,37 @@ const shutdownLimitMs = 180_000;
 const debugSlowness = 3;
 /** KASAN's shadow and quarantine, and the records of kmemleak. */
 const debugMemoryMiB = 1024;
+
+/** See GuestOptions.hotplug. */
+const noHotplug = [
+  ...['-global', 'PIIX4_PM.acpi-root-pci-hotplug=off'],
+  ...['-global', 'PIIX4_PM.acpi-pci-hotplug-with-bridge-support=off'],
+];
+
+/** init.sh says so where a boot is saved. */
+const initWaits = 'stillblock-init: waits';
+
+/** What all guests that begin with a saved boot have, whatever they ask for. */
+const savedShape = { memoryMiB: 3072, diskCount: 10 } as const;
+
+/** @returns what QEMU is started with; disks of other buses are plugged in later */
+function inSavedShape(options: GuestOptions): GuestOptions {
+  const disks = (options.disks ?? []).filter(({ bus = 'virtio-blk' }) => bus === 'virtio-blk');
+  if (disks.length > savedShape.diskCount) throw new Error('more disks than a saved boot has');
+  const idle = Array.from({ length: savedShape.diskCount - disks.length }, (_, index) => ({
+    name: `idle${index}`,
+    sizeBytes: 1 << 20,
+  }));
+  return {
+    ...options,
+    disks: [...disks, ...idle],
+    memoryMiB: savedShape.memoryMiB,
+    hotplug: true,
+    extraArgs: ['-device', `virtio-scsi-pci,id=${scsiController}`],
+    // With a queue that is polled, for the writes that are.
+    appendCmdline: 'stillblock.saved nvme.poll_queues=1',
+  };
+}
 
 /** Drivers of the buses that are not needed to boot. */
 const busModules: Readonly<Record<BusName, string>> = {
@@ -245,7 +288,7 @@ export class Guest {
   #killTimed = false;
   #consoleGrew: () => void = () => {};
 
-  private constructor(options: GuestOptions, accelerator: Accelerator) {
+  private constructor(options: GuestOptions, accelerator: Accelerator, state?: string) {
     this.kernel = options.kernel;
     this.accelerator = accelerator;
     this.#folder = mkdtempSync(join(tmpdir(), 'stillblock-guest-'));
@@ -253,9 +296,12 @@ export class Guest {
       // The fourth descriptor is a socket pair's end: QEMU's machine protocol.
       this.#qemu = spawn(
         'setpriv',
-        ['--pdeathsig', 'KILL', 'qemu-system-x86_64', ...this.#arguments(options)],
+        [
+          ...['--pdeathsig', 'KILL', 'qemu-system-x86_64', ...this.#arguments(options)],
+          ...(state === undefined ? [] : ['-incoming', `exec:cat ${shellQuote(state)}`]),
+        ],
         {
-          stdio: ['ignore', 'pipe', 'pipe', 'pipe'],
+          stdio: ['pipe', 'pipe', 'pipe', 'pipe'],
         },
       );
     } catch (error) {
@@ -292,21 +338,70 @@ export class Guest {
     accelerator: Accelerator,
     limitMs: number,
   ): Promise<Guest> {
-    const guest = new Guest(options, accelerator);
+    const isSaved = options.saved === true && accelerator === 'tcg';
+    const state = isSaved ? await savedBoot(options.kernel) : undefined;
+    const guest = new Guest(isSaved ? inSavedShape(options) : options, accelerator, state);
     try {
-      await guest.#waitForAgent(limitMs);
+      await guest.#qmp.execute('qmp_capabilities');
+      if (state !== undefined) await guest.#goOn(limitMs);
+      await guest.#waitForConsole(agentReady, limitMs);
       await guest.#findPorts();
+      // There is no udev, which would load the drivers of other buses.
+      for (const disk of options.disks ?? []) {
+        const { name, bus = 'virtio-blk' } = disk;
+        if (bus === 'virtio-blk') continue;
+        if (isSaved) await guest.#plugIn(guest.#diskNode(disk), name, bus);
+        await guest.#awaitDisk(name, bus);
+      }
       // QEMU holds its files open; without names they end with it.
       guest.#removeFolder();
-      // There is no udev, which would load the drivers of other buses.
-      for (const { name, bus = 'virtio-blk' } of options.disks ?? []) {
-        if (bus !== 'virtio-blk') await guest.#awaitDisk(name, bus);
-      }
       return guest;
     } catch (error) {
       await guest.kill();
       throw error;
     }
+  }
+
+  /**
+   * Boots a kernel up to where its init waits for a line, and saves that machine.
+   * @param path of the file to be made
+   * @see savedBoot
+   */
+  static async save(kernel: KernelName, path: string): Promise<void> {
+    const guest = new Guest(inSavedShape({ kernel }), 'tcg');
+    try {
+      await guest.#qmp.execute('qmp_capabilities');
+      await guest.#waitForConsole(
+        initWaits,
+        (kernel === 'debug' ? debugSlowness : 1) * bootLimitMs,
+      );
+      await guest.#qmp.execute('stop');
+      await guest.#qmp.execute('migrate-set-parameters', { 'max-bandwidth': 2 ** 40 });
+      await guest.#qmp.execute('migrate', { uri: `exec:cat >${shellQuote(path)}` });
+      await guest.#waitForState('query-migrate', 'completed', bootLimitMs);
+    } finally {
+      await guest.kill();
+    }
+  }
+
+  /** Waits for a status of QEMU's. */
+  async #waitForState(query: string, wanted: string, limitMs: number): Promise<void> {
+    const limit = performance.now() + limitMs;
+    for (;;) {
+      const { status } = (await this.#qmp.execute(query)) as { status?: string };
+      if (status === wanted) return;
+      if (status === 'failed' || performance.now() > limit) {
+        throw this.#failure(`is ${status}, not ${wanted}, by ${query}`);
+      }
+      await delay(20);
+    }
+  }
+
+  /** Lets a guest go on from a saved boot, whose clock has stood still since. */
+  async #goOn(limitMs: number): Promise<void> {
+    await this.#waitForState('query-status', 'paused', limitMs);
+    await this.#qmp.execute('cont');
+    this.#qemu.stdin?.write(`${Math.floor(Date.now() / 1000)}\n`);
   }
 
   #arguments(options: GuestOptions): string[] {
@@ -329,8 +424,9 @@ export class Guest {
       'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60',
       // REP_GOOD and ERMS: an emulated `rep movs` takes twice as long as a loop of moves.
       'clearcpuid=112,297',
-      // The checkers make half a minute of each question to ACPI which interrupt a disk has.
-      options.kernel === 'debug' ? 'acpi=noirq' : '',
+      // ACPI's way of telling which interrupt a disk has takes a second of each boot, and
+      // with the checkers half a minute for each disk; the ciphers' self-tests take another.
+      'acpi=noirq cryptomgr.notests',
       options.appendCmdline ?? '',
     ].join(' ');
     return [
@@ -343,6 +439,7 @@ export class Guest {
             ]
           : ['-accel', 'tcg', '-icount', `shift=${options.icount},sleep=off`, '-cpu', 'max']),
       ...['-machine', 'pc', '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
+      ...(options.hotplug === true ? [] : noHotplug),
       ...['-smp', String(options.cpus ?? 2), '-m', String(memoryMiB)],
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       ...['-chardev', 'socket,id=qmp,fd=3', '-mon', 'chardev=qmp,mode=control'],
@@ -368,7 +465,8 @@ export class Guest {
     ];
   }
 
-  #diskArguments({ name, sizeBytes, bus = 'virtio-blk', file, writeLog }: GuestDisk): string[] {
+  /** QEMU's block node of a disk, whose file is made if need be. */
+  #diskNode({ name, sizeBytes, file, writeLog }: GuestDisk): Record<string, unknown> {
     const path = file ?? join(this.#folder, name);
     if (file === undefined) {
       makeSparseFile(path, sizeBytes);
@@ -386,8 +484,13 @@ export class Guest {
             ...{ 'node-name': name, driver: 'blklogwrites', discard: 'unmap', file: raw },
             log: { driver: 'file', filename: writeLog },
           };
+    return node;
+  }
+
+  #diskArguments(disk: GuestDisk): string[] {
+    const { name, bus = 'virtio-blk' } = disk;
     return [
-      ...['-blockdev', JSON.stringify(node)],
+      ...['-blockdev', JSON.stringify(this.#diskNode(disk))],
       ...['-device', JSON.stringify(diskDevice(name, bus))],
     ];
   }
@@ -399,7 +502,7 @@ export class Guest {
     this.#qemu.once('close', () => clearTimeout(timer));
   }
 
-  async #waitForAgent(limitMs: number): Promise<void> {
+  async #waitForConsole(word: string, limitMs: number): Promise<void> {
     const timer = new AbortController();
     const late = delay(limitMs, undefined, { signal: timer.signal }).then(() => {
       throw this.#failure(`did not boot within ${limitMs} ms with ${this.accelerator}`);
@@ -407,8 +510,8 @@ export class Guest {
     late.catch(() => {});
     const ready = new Promise<void>((resolve, reject) => {
       this.#consoleGrew = () => {
-        if (this.#console.includes(agentReady)) resolve();
-        else if (!this.#alive) reject(this.#failure('ended before its agent was ready'));
+        if (this.#console.includes(word)) resolve();
+        else if (!this.#alive) reject(this.#failure(`ended before it said ${word}`));
       };
       this.#consoleGrew();
     });
@@ -422,7 +525,6 @@ export class Guest {
 
   /** QEMU chose the host's ports, so that no other process can have them. */
   async #findPorts(): Promise<void> {
-    await this.#qmp.execute('qmp_capabilities');
     const table = String(
       await this.#qmp.execute('human-monitor-command', { 'command-line': 'info usernet' }),
     );
@@ -503,6 +605,7 @@ export class Guest {
   /**
    * Plugs an image of the host's into the running guest.
    * @param name not used by another disk; it is the serial number, too.
+   * On virtio-blk it takes `GuestOptions.hotplug`.
    * @param format of the image file; its backing chain is followed.
    * @param bus on virtio-scsi only beside a disk of `GuestOptions.disks` that is there, too.
    * @returns its device node.
@@ -514,14 +617,18 @@ export class Guest {
     readOnly: boolean,
     bus: BusName = 'virtio-blk',
   ): Promise<string> {
-    await this.#qmp.execute('blockdev-add', {
-      'node-name': name,
-      driver: format,
-      'read-only': readOnly,
-      file: { driver: 'file', filename: file },
-    });
-    await this.#qmp.execute('device_add', diskDevice(name, bus));
+    const raw = { driver: 'file', filename: file };
+    await this.#plugIn(
+      { 'node-name': name, driver: format, 'read-only': readOnly, file: raw },
+      name,
+      bus,
+    );
     return this.#awaitDisk(name, bus);
+  }
+
+  async #plugIn(node: Record<string, unknown>, name: string, bus: BusName): Promise<void> {
+    await this.#qmp.execute('blockdev-add', node);
+    await this.#qmp.execute('device_add', diskDevice(name, bus));
   }
 
   /**

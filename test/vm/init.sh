@@ -10,6 +10,15 @@ fail() {
 }
 mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev || fail mount
 . /settings
+# Here a boot is saved: nothing has touched a disk or the host's root. Whoever goes on
+# from there gives the time, in seconds since 1970.
+case " $(cat /proc/cmdline) " in
+*' stillblock.saved '*)
+    echo 'stillblock-init: waits'
+    read -r now
+    date -s "@$now" >/dev/null || fail date
+    ;;
+esac
 for module in $modules; do insmod "/modules/$module" || fail "insmod $module"; done
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro hostroot /host || fail '9p mount'
 mount -t tmpfs tmpfs /rw && mkdir /rw/upper /rw/work || fail tmpfs

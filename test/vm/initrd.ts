@@ -105,6 +105,7 @@ export function buildInitrd(kernel: StockKernel, agentPort: number, path: string
   const applets = [
     'sh',
     'cat',
+    'date',
     'mount',
     'insmod',
     'mkdir',

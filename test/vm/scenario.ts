@@ -547,7 +547,7 @@ export async function runScenario(kernel: KernelName, say: Progress): Promise<Sc
   process.once('exit', removeNow);
   let guest: Guest | undefined;
   try {
-    guest = await bootGuest({ kernel, disks, forwardPorts: [nbdPort] });
+    guest = await bootGuest({ kernel, disks, hotplug: true, forwardPorts: [nbdPort] });
     const release = (await guest.run('uname -r')).stdout.trim();
     say(`booted ${release} (${guest.accelerator === 'kvm' ? 'KVM' : 'emulated: no KVM here'})`);
     await guest.loadModule();
