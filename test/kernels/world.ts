@@ -43,14 +43,22 @@ export function pace(us: number): number {
  */
 export const withProduct: boolean = testKernel() === '6.1';
 
+type ToolName = 'oracle' | 'ioctls' | 'killer' | 'exerciser';
+
+const building = new Map<ToolName, Promise<string>>();
+
 /**
  * Compiles one of this folder's C programs, with warnings as errors.
  *
  * @returns its path, the same in the guest as here
  */
-export async function buildTool(
-  name: 'oracle' | 'ioctls' | 'killer' | 'exerciser',
-): Promise<string> {
+export function buildTool(name: ToolName): Promise<string> {
+  const built = building.get(name) ?? compile(name);
+  building.set(name, built);
+  return built;
+}
+
+async function compile(name: ToolName): Promise<string> {
   const folder = join(checkout, 'build/kernels');
   const source = join(checkout, 'test/kernels', `${name}.c`);
   const uapi = join(checkout, 'module/uapi');
@@ -66,7 +74,7 @@ export async function buildTool(
   );
   const [built = 0, ...inputs] = times;
   if (built > Math.max(...inputs)) return program;
-  // Another test file may do the same at this moment.
+  // Another test file, a process of its own, may do the same at this moment.
   const fresh = `${program}.${process.pid}`;
   const flags = ['-O2', '-Wall', '-Wextra', '-Werror', '-pthread', '-I', uapi];
   // That one is a library, which is loaded before a program's own.
