@@ -4,11 +4,13 @@
  * told, and puts a file system on top.
  */
 import { join } from 'node:path';
-import test from 'ava';
+import test, { type ExecutionContext } from 'ava';
+import { commandsOf, Page } from '../pages.ts';
 import { certify } from '../vm/certify.ts';
 import { checkout } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
+import { smallXfs } from '../vm/xfs.ts';
 
 const MIB = 1 << 20;
 const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
@@ -89,6 +91,33 @@ async function check(guest: Guest, disk: string, attachment: Attachment): Promis
   return stdout;
 }
 
+/** What docs/journeys.md says about mounting, of a disk with a partition of each file system. */
+async function runJourney(t: ExecutionContext, guest: Guest): Promise<void> {
+  const page = await Page.open('docs/journeys.md', import.meta.url);
+  await guest.run(
+    `set -e; ip address add 192.0.2.7/32 dev lo
+    truncate -s 64M /run/sda; printf 'label: gpt\\n,16M\\n,40M\\n' | sfdisk -q /run/sda
+    losetup -P /dev/loop0 /run/sda; mkfs.ext4 -q /dev/loop0p1; ${smallXfs} /dev/loop0p2
+    for part in 1 2; do mount /dev/loop0p$part /mnt; echo $part >/mnt/file; umount /mnt; done
+    losetup -d /dev/loop0`,
+    { timeoutMs: readLimitMs },
+  );
+  const server = guest.start(
+    `exec ${cli} nbd --json -i 192.0.2.7 --insecure --export sda=/run/sda`,
+  );
+  await server.waitForOutput(/"event":"serving"/, startLimitMs);
+  const [attach, detach] = page.takeAll().map(commandsOf);
+  // Without udev somebody has to look at the new disk, so that its partitions are found.
+  const script = attach?.map((line) =>
+    /^nbd-client/.test(line) ? `${line} >&2; : </dev/nbd0` : line,
+  );
+  const { stdout } = await guest.run(
+    ['set -e', ...(script ?? []), 'cat /mnt/file /media/file', ...(detach ?? [])].join('\n'),
+    { timeoutMs: readLimitMs },
+  );
+  t.regex(stdout, /^1\n2\n/);
+}
+
 test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', async (t) => {
   t.timeout(15 * 60_000);
   const sizeBytes = 48 * MIB + 512;
@@ -96,7 +125,7 @@ test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', asy
   t.teardown(() => guest.kill());
   const disk = await guest.disk('disk');
   await guest.run(`set -e
-    modprobe nbd
+    modprobe nbd max_part=8; modprobe loop
     mkfs.ext4 -q -b 4096 ${disk}
     mount ${disk} /mnt
     cp /usr/bin/python3 /usr/bin/qemu-img /usr/bin/nbdcopy /mnt
@@ -120,5 +149,6 @@ test('nbd-client: plain, two connections, small blocks, a unix socket, TLS', asy
       what,
     );
   }
+  await runJourney(t, guest);
   await guest.shutdown();
 });
