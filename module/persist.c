@@ -52,7 +52,7 @@
 
 #define STB_PLACE_MAGIC		0x4563616c50625453ull	/* "STbPlacE" */
 /* Raised by every change of the format. */
-#define STB_PLACE_VERSION	2
+#define STB_PLACE_VERSION	3
 #define STB_PLACE_PAGE		4096u
 #define STB_PLACE_PAGE_SECT	(STB_PLACE_PAGE >> SECTOR_SHIFT)
 #define STB_PLACE_RECORDS	STILLBLOCK_MAX_TRACKERS
@@ -156,6 +156,7 @@ enum persist_way {
  *	be empty here
  * @nr_damaged: records that could not be believed when it was set
  * @damaged: which these are, as long as nobody holds the place fast
+ * @turn: one more than that of any record when it was set
  * @io: for the place
  * @origin_io: for reads of tracked devices
  */
@@ -178,6 +179,7 @@ struct persist_place {
 	struct stb_record *records;
 	u32 nr_damaged;
 	DECLARE_BITMAP(damaged, STB_PLACE_RECORDS);
+	u64 turn;
 	struct persist_io *io;
 	struct persist_io *origin_io;
 };
@@ -491,35 +493,78 @@ static u64 place_find_room(u32 index, u64 nr)
 	return first + nr <= place.nr_pages ? first : 0;
 }
 
+/* Is there nothing in it that could be taken up? */
+static bool record_is_void(const struct stb_record *r)
+{
+	switch (le32_to_cpu(r->state)) {
+	case STB_RECORD_IN_USE:
+		return true;
+	case STB_RECORD_DETACHED:
+		return memcmp(r->boot_id, place.boot_id, sizeof(r->boot_id));
+	}
+	return false;
+}
+
+/*
+ * A record but @index whose room may be given away: of a device that is not there,
+ * and was not kept, or else not at the last shutdown; the oldest of these. Less
+ * than zero when there is none.
+ */
+static int record_spare(int index)
+{
+	u64 oldest = place.turn - 1;
+	int spare = -ENOENT;
+	u32 i;
+
+	for (i = 0; i < STB_PLACE_RECORDS; i++) {
+		const struct stb_record *r = &place.records[i];
+
+		if ((int)i == index || record_lives(i) ||
+		    test_bit(i, place.damaged))
+			continue;
+		if (record_is_void(r))
+			return i;
+		if (le32_to_cpu(r->state) == STB_RECORD_CLEAN &&
+		    le64_to_cpu(r->turn) < oldest) {
+			oldest = le64_to_cpu(r->turn);
+			spare = i;
+		}
+	}
+	return spare;
+}
+
+static int record_find_empty(void)
+{
+	u32 i;
+
+	for (i = 0; i < STB_PLACE_RECORDS; i++)
+		if (le32_to_cpu(place.records[i].state) == STB_RECORD_EMPTY &&
+		    !record_lives(i) && !test_bit(i, place.damaged))
+			return i;
+	return -ENOENT;
+}
+
 /* A record for a new history, and room for its map. */
 static int record_alloc(int index, u64 nr)
 {
 	struct stb_record *r;
 	u64 first = 0;
-	u32 i, round;
+	int spare;
 
-	for (round = 0; round < 2 && !first; round++) {
-		for (i = 0; i < STB_PLACE_RECORDS; i++) {
-			r = &place.records[i];
-			if ((int)i == index || record_lives(i) ||
-			    test_bit(i, place.damaged))
-				continue;
-			/*
-			 * Of a device that is not there, and was not kept. On the
-			 * device, too: its room is somebody else's from now on.
-			 */
-			if (round && le32_to_cpu(r->state) == STB_RECORD_IN_USE &&
-			    record_write(i, STB_RECORD_EMPTY, 0, PERSIST_HOOKED))
-				return -EIO;
-			if (index < 0 &&
-			    le32_to_cpu(r->state) == STB_RECORD_EMPTY)
-				index = i;
-		}
+	for (;;) {
+		if (index < 0)
+			index = record_find_empty();
 		if (index >= 0)
 			first = place_find_room(index, nr);
+		if (first)
+			break;
+		spare = record_spare(index);
+		if (spare < 0)
+			return -ENOSPC;
+		/* On the device, too: its room is somebody else's from now on. */
+		if (record_write(spare, STB_RECORD_EMPTY, 0, PERSIST_HOOKED))
+			return -EIO;
 	}
-	if (!first)
-		return -ENOSPC;
 	r = &place.records[index];
 	memset(r, 0, sizeof(*r));
 	r->first_page = cpu_to_le64(first);
@@ -1150,6 +1195,7 @@ static u32 record_keep(struct stb_tracker *t, enum stb_record_state state,
 	r->block_shift = cpu_to_le32(map->block_shift);
 	r->number = cpu_to_le32(map->number);
 	r->began = cpu_to_le32(map->began);
+	r->turn = cpu_to_le64(place.turn);
 	return record_write(t->record, state, REQ_PREFLUSH | REQ_FUA, way) ?
 	       STILLBLOCK_HISTORY_PLACE_ERROR : 0;
 }
@@ -1493,12 +1539,15 @@ static u32 place_read_records(void)
 	if (place_rw(record_page(0), 0, STB_PLACE_RECORDS, REQ_OP_READ,
 		     PERSIST_PAST))
 		return STILLBLOCK_HISTORY_PLACE_ERROR;
+	place.turn = 1;
 	for (i = 0; i < STB_PLACE_RECORDS; i++) {
 		struct stb_record *r = &place.records[i];
 
 		memcpy(r, io_page(place.io, i), sizeof(*r));
-		if (record_right(r, i))
+		if (record_right(r, i)) {
+			place.turn = max(place.turn, le64_to_cpu(r->turn) + 1);
 			continue;
+		}
 		memset(r, 0, sizeof(*r));
 		place.nr_damaged++;
 		if (!place.exclusive && !place.file)
@@ -1515,6 +1564,7 @@ static u32 place_format(void)
 	generate_random_uuid(place.uuid);
 	memset(place.records, 0, STB_PLACE_RECORDS * sizeof(*place.records));
 	place.nr_damaged = 0;
+	place.turn = 1;
 	for (i = 0; i < STB_PLACE_RECORDS; i++)
 		if (record_write(i, STB_RECORD_EMPTY, 0, PERSIST_HOOKED))
 			return STILLBLOCK_HISTORY_PLACE_ERROR;

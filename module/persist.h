@@ -49,6 +49,7 @@ enum stb_record_state {
  * @nr_pages: room for it
  * @block_shift: log2 of the block size in bytes
  * @number: number in force
+ * @turn: which setting of the place it was kept by, counted from 1
  * @began: enum stillblock_history: why the generation began
  * @nr_parts: length of @parts
  * @parts: where partitions begin, sectors of the device
@@ -71,6 +72,7 @@ struct stb_record {
 	__le32 number;
 	__le32 began;
 	__le32 nr_parts;
+	__le64 turn;
 	__le64 parts[STB_RECORD_PARTS];
 };
 
