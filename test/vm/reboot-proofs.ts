@@ -505,6 +505,56 @@ export async function growAndCut(t: ExecutionContext, world: Booted): Promise<vo
   await boot.reboot([], 'systemctl reboot');
 }
 
+/** Has the daemon keep histories in another file, or in its own again. */
+async function movePlace(boot: Boot, path: string | undefined): Promise<string> {
+  const setting = path === undefined ? '' : `<history place="${path}"/>`;
+  const { stdout } = await boot.guest.run(
+    `old=$(cat ${planPath})
+    sed -i 's|<history[^>]*>||; s|</stillblock>|${setting}</stillblock>|' /etc/stillblock/stillblock.xml
+    systemctl reload stillblock
+    until new=$(cat ${planPath} 2>/dev/null) && [ -n "$new" ] && [ "$new" != "$old" ]; do sleep 0.5; done
+    cat ${planPath}`,
+    { timeoutMs: cliLimitMs },
+  );
+  return stdout;
+}
+
+/**
+ * The place is another file than the initramfs knows: what that sets is let go of, nothing is
+ * written by its extents, and histories are kept in the file that is configured.
+ */
+export async function oldInitramfs(t: ExecutionContext, world: Booted): Promise<void> {
+  let boot = await world.boot({ init: 'systemd' });
+  await boot.up();
+  await movePlace(boot, '/var/lib/stillblock/other');
+  await boot.reboot([], 'systemctl reboot');
+
+  boot = await world.boot({ init: 'systemd' });
+  await boot.up();
+  const { stdout } = await boot.guest.run('journalctl -o cat --no-pager -u stillblock', {
+    timeoutMs: cliLimitMs,
+  });
+  t.regex(stdout, /the initramfs knows another place of the histories/);
+  const seen = await boot.seen();
+  for (const name of tracked) t.like(seen[name], { takenUp: false, kept: history.ok }, name);
+  t.like(await boot.told('status'), { lostAtReboot: [] });
+  const { stdout: plan } = await boot.guest.run(`cat ${planPath}`);
+  await boot.checkpoint();
+  await world.keepPlan(plan);
+  await boot.reboot([], 'systemctl reboot');
+
+  // Now it knows. The file of the other proofs comes back the same way.
+  boot = await world.boot({ init: 'systemd' });
+  await boot.up();
+  assertTakenUp(t, world, await boot.seen(), 'another place');
+  await world.keepPlan(await movePlace(boot, undefined));
+  await boot.reboot([], 'systemctl reboot');
+  boot = await world.boot();
+  assertTakenUp(t, world, await boot.seen(), 'the first place again');
+  await boot.settle();
+  await boot.reboot();
+}
+
 /** dracut's initramfs has what it takes; it is not booted. */
 export async function dracutImage(t: ExecutionContext, world: Booted): Promise<void> {
   const content = await world.makeDracut();
