@@ -265,7 +265,6 @@ class Reader {
     };
   }
 
-  /** @param wanted whether histories are kept unless it says otherwise */
   /**
    * @param devices of the configuration
    * @param list where these are

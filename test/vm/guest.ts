@@ -338,12 +338,13 @@ export class Guest {
     accelerator: Accelerator,
     limitMs: number,
   ): Promise<Guest> {
-    const isSaved = options.saved === true && accelerator === 'tcg';
-    const state = isSaved ? await savedBoot(options.kernel) : undefined;
+    const isSaved = options.saved === true;
+    // What runs for real boots faster than it is read.
+    const state = isSaved && accelerator === 'tcg' ? await savedBoot(options.kernel) : undefined;
     const guest = new Guest(isSaved ? inSavedShape(options) : options, accelerator, state);
     try {
       await guest.#qmp.execute('qmp_capabilities');
-      if (state !== undefined) await guest.#goOn(limitMs);
+      if (isSaved) await guest.#goOn(state, limitMs);
       await guest.#waitForConsole(agentReady, limitMs);
       await guest.#findPorts();
       // There is no udev, which would load the drivers of other buses.
@@ -397,10 +398,14 @@ export class Guest {
     }
   }
 
-  /** Lets a guest go on from a saved boot, whose clock has stood still since. */
-  async #goOn(limitMs: number): Promise<void> {
-    await this.#waitForState('query-status', 'paused', limitMs);
-    await this.#qmp.execute('cont');
+  /** Lets a guest go on from where boots are saved: the clock of one has stood still since. */
+  async #goOn(state: string | undefined, limitMs: number): Promise<void> {
+    if (state === undefined) {
+      await this.#waitForConsole(initWaits, limitMs);
+    } else {
+      await this.#waitForState('query-status', 'paused', limitMs);
+      await this.#qmp.execute('cont');
+    }
     this.#qemu.stdin?.write(`${Math.floor(Date.now() / 1000)}\n`);
   }
 
@@ -603,9 +608,9 @@ export class Guest {
   }
 
   /**
-   * Plugs an image of the host's into the running guest.
+   * Plugs an image of the host's into the running guest, which takes `GuestOptions.hotplug`
+   * but on virtio-scsi.
    * @param name not used by another disk; it is the serial number, too.
-   * On virtio-blk it takes `GuestOptions.hotplug`.
    * @param format of the image file; its backing chain is followed.
    * @param bus on virtio-scsi only beside a disk of `GuestOptions.disks` that is there, too.
    * @returns its device node.
