@@ -53,10 +53,12 @@ export function mapBytes({ sizeBytes, blockSizeBytes }: Mapped): number {
   return Math.ceil(Math.ceil(sizeBytes / block) / PAGE_BYTES) * PAGE_BYTES;
 }
 
+const allMapsBytes = (devices: readonly Mapped[]): number =>
+  devices.reduce((sum, device) => sum + mapBytes(device), 0);
+
 /** @returns bytes of a place for these devices, each twice as large as it is, and for more */
 export function placeBytes(devices: readonly Mapped[]): number {
-  const maps = devices.reduce((sum, device) => sum + mapBytes(device), 0);
-  return OVERHEAD_BYTES + 2 * maps + SPARE_BYTES;
+  return OVERHEAD_BYTES + 2 * allMapsBytes(devices) + SPARE_BYTES;
 }
 
 /** The file or device in which histories are kept. */
@@ -102,8 +104,7 @@ async function wantedBytes({ history, devices }: HistorySetting): Promise<Wanted
       return { sizeBytes: device?.sizeBytes ?? 0, blockSizeBytes };
     }),
   );
-  const maps = sizes.reduce((sum, device) => sum + mapBytes(device), 0);
-  return { least: OVERHEAD_BYTES + maps, made: placeBytes(sizes) };
+  return { least: OVERHEAD_BYTES + allMapsBytes(sizes), made: placeBytes(sizes) };
 }
 
 /**

@@ -1,19 +1,11 @@
-// SPDX-License-Identifier: Apache-2.0
-/**
- * Linux' own client, in a guest: it knows simple replies alone, believes every size it is
- * told, and puts a file system on top.
- */
-import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
 import { commandsOf, Page } from '../pages.ts';
 import { certify } from '../vm/certify.ts';
-import { checkout } from '../vm/checkout.ts';
+import { cli } from '../vm/command-line.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
-import { shellQuote } from '../vm/initrd.ts';
 import { smallXfs } from '../vm/xfs.ts';
 
 const MIB = 1 << 20;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const startLimitMs = 120_000;
 const readLimitMs = 180_000;
 

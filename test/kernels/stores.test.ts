@@ -6,6 +6,7 @@
 
 import test, { type ExecutionContext } from 'ava';
 import { testKernel } from '../vm/checkout.ts';
+import { cli } from '../vm/command-line.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
 import {
@@ -14,7 +15,6 @@ import {
   buildTool,
   Conversation,
   checksum,
-  cli,
   cliLimitMs,
   MiB,
   pace,

@@ -7,6 +7,7 @@ import { join } from 'node:path';
 import { nativeConstants } from '../../src/native.ts';
 import { checkout, testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
+import { cli } from '../vm/command-line.ts';
 import type { Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
 import { shellQuote } from '../vm/initrd.ts';
@@ -14,7 +15,6 @@ import { shellQuote } from '../vm/initrd.ts';
 export const MiB: number = 1 << 20;
 
 /** The command line, as text for a guest's shell. */
-export const cli: string = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 
 /** Node takes five seconds to start in an emulated guest that is alone. */
 export const cliLimitMs = 300_000;

@@ -1,13 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many commands of stillblock in a guest, in one process there (one-process.ts).
+// The command `stillblock` of this checkout in guests: as shell words, installed as users have
+// it, and many in one process (one-process.ts).
 
 import { join } from 'node:path';
+import { execPath } from 'node:process';
 import { checkout } from './checkout.ts';
 import type { CommandResult, GuestCommand } from './command.ts';
 import type { Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const program = join(checkout, 'dist/test/vm/one-process.js');
+const script = shellQuote(join(checkout, 'dist/src/cli.js'));
+
+/** `stillblock`, for a command line of a guest's shell. */
+export const cli: string = `node ${script}`;
+
+/** Shell lines after which a guest has the command `stillblock`. */
+export const installCli: string = `
+  printf '#!/bin/sh\\nexec %s %s "$@"\\n' ${shellQuote(execPath)} ${script} >/usr/local/bin/stillblock
+  chmod +x /usr/local/bin/stillblock
+`;
 
 export class CommandLine {
   readonly #process: GuestCommand;

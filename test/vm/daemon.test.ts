@@ -11,11 +11,11 @@ import { buildTool } from '../kernels/world.ts';
 import { certify } from './certify.ts';
 import { checkout } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
+import { cli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const limitMs = 120_000;
 const socket = '/run/stillblock/control.sock';
 const metrics = '/run/metrics.sock';

@@ -4,11 +4,11 @@
 import { join } from 'node:path';
 import test from 'ava';
 import { checkout, testKernel } from './checkout.ts';
+import { cli } from './command-line.ts';
 import { bootGuest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const limitMs = 120_000;
 const links = 'cd /dev/disk; find by-* -type l -printf "%p %l\\n" | sort';
 

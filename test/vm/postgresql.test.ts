@@ -10,12 +10,12 @@ import process from 'node:process';
 import test from 'ava';
 import { checkout, testKernel } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
+import { cli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const bin = '/usr/lib/postgresql/15/bin';
 const limitMs = 180_000;
 /** Leaves an emulated processor time for the rest. */

@@ -4,18 +4,14 @@
 // guest is server and proxy at once, and serves all the checks, in order: first the
 // commands of docs/quick-start.md.
 
-import { join } from 'node:path';
-import { execPath } from 'node:process';
 import test from 'ava';
 import type { MachineLayout } from '../../src/layout.ts';
 import { commandsOf, Page } from '../pages.ts';
-import { checkout } from './checkout.ts';
-import { CommandLine } from './command-line.ts';
+import { CommandLine, cli, installCli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const socket = '/run/stillblock/control.sock';
 const chain = '/repo/chain';
 const limitMs = 180_000;
@@ -119,8 +115,7 @@ test.before(async () => {
   await guest.run(
     `set -e
     modprobe -a dm-mod dm-crypt raid1 loop
-    printf '#!/bin/sh\\nexec %s %s "$@"\\n' ${shellQuote(execPath)} ${shellQuote(join(checkout, 'dist/src/cli.js'))} >/usr/local/bin/stillblock
-    chmod +x /usr/local/bin/stillblock
+    ${installCli}
     printf 'label: gpt\\n,32M\\n,8M,S\\n' | sfdisk -q ${origin}
     mkfs.ext4 -q ${origin}1; mkswap -q ${origin}2
     mkdir -p /srv/data /repo; mount ${origin}1 /srv/data

@@ -6,11 +6,11 @@
 import { execFile } from 'node:child_process';
 import { cp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { execPath } from 'node:process';
 import { promisify } from 'node:util';
 import test from 'ava';
 import { commandsOf, Page } from '../pages.ts';
 import { checkout, stockKernel } from './checkout.ts';
+import { installCli } from './command-line.ts';
 import { bootGuest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
@@ -57,9 +57,9 @@ test('what README.md says works, command by command', async (t) => {
     t.is(await guest.disk('server'), '/dev/sda');
     await guest.run(
       `set -e
-      printf '#!/bin/sh\\nexec %s %s "$@"\\n' ${shellQuote(execPath)} ${shellQuote(join(checkout, 'dist/src/cli.js'))} >/usr/local/bin/stillblock
+      ${installCli}
       printf '#!/bin/sh\\n/usr/sbin/nbd-client "$@" || exit\\n: </dev/nbd0\\n' >/usr/local/bin/nbd-client
-      chmod +x /usr/local/bin/stillblock /usr/local/bin/nbd-client
+      chmod +x /usr/local/bin/nbd-client
       ip address add 192.0.2.7/32 dev lo; modprobe nbd max_part=8
       echo ',,L' | sfdisk -q /dev/sda; mkfs.ext4 -q /dev/sda1; mkdir -p /srv/a /mnt/spare /run/proxy
       mount /dev/sda1 /srv/a; echo monday >/srv/a/file; sync

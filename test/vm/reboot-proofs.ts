@@ -445,6 +445,25 @@ async function takeCheckpoint(boot: Boot, name: string): Promise<void> {
 }
 
 /**
+ * Has the daemon keep histories as `<history>` with these attributes says, or as it does by
+ * itself.
+ *
+ * @returns the plan of the place that it then keeps them in
+ */
+async function configureHistory(boot: Boot, attributes: string | undefined): Promise<string> {
+  const setting = attributes === undefined ? '' : `<history ${attributes}/>`;
+  const { stdout } = await boot.guest.run(
+    `old=$(cat ${planPath})
+    sed -i 's|<history[^>]*>||; s|</stillblock>|${setting}</stillblock>|' /etc/stillblock/stillblock.xml
+    systemctl reload stillblock
+    until new=$(cat ${planPath} 2>/dev/null) && [ -n "$new" ] && [ "$new" != "$old" ]; do sleep 0.5; done
+    cat ${planPath}`,
+    { timeoutMs: cliLimitMs },
+  );
+  return stdout;
+}
+
+/**
  * The place is made longer by the configuration, and taken up in its new length. Then a power
  * cut: all who may ask are told why a full copy is due.
  */
@@ -452,13 +471,9 @@ export async function growAndCut(t: ExecutionContext, world: Booted): Promise<vo
   let boot = await world.boot({ init: 'systemd' });
   await boot.up();
   await takeCheckpoint(boot, 'tuesday');
-  const { stdout: plan } = await boot.guest.run(
-    `sed -i 's|</stillblock>|<history size="12M"/></stillblock>|' /etc/stillblock/stillblock.xml
-    systemctl reload stillblock
-    until [ "$(stat -c %s ${place})" = ${12 * MiB} ] && [ -s ${planPath} ]; do sleep 0.5; done
-    cat ${planPath}`,
-    { timeoutMs: cliLimitMs },
-  );
+  const plan = await configureHistory(boot, 'size="12M"');
+  const { stdout: size } = await boot.guest.run(`stat -c %s ${place}`);
+  t.is(Number(size), 12 * MiB);
   await boot.checkpoint();
   await world.keepPlan(plan);
   await boot.reboot([], 'systemctl reboot');
@@ -505,20 +520,6 @@ export async function growAndCut(t: ExecutionContext, world: Booted): Promise<vo
   await boot.reboot([], 'systemctl reboot');
 }
 
-/** Has the daemon keep histories in another file, or in its own again. */
-async function movePlace(boot: Boot, path: string | undefined): Promise<string> {
-  const setting = path === undefined ? '' : `<history place="${path}"/>`;
-  const { stdout } = await boot.guest.run(
-    `old=$(cat ${planPath})
-    sed -i 's|<history[^>]*>||; s|</stillblock>|${setting}</stillblock>|' /etc/stillblock/stillblock.xml
-    systemctl reload stillblock
-    until new=$(cat ${planPath} 2>/dev/null) && [ -n "$new" ] && [ "$new" != "$old" ]; do sleep 0.5; done
-    cat ${planPath}`,
-    { timeoutMs: cliLimitMs },
-  );
-  return stdout;
-}
-
 /**
  * The place is another file than the initramfs knows: what that sets is let go of, nothing is
  * written by its extents, and histories are kept in the file that is configured.
@@ -526,7 +527,7 @@ async function movePlace(boot: Boot, path: string | undefined): Promise<string> 
 export async function oldInitramfs(t: ExecutionContext, world: Booted): Promise<void> {
   let boot = await world.boot({ init: 'systemd' });
   await boot.up();
-  await movePlace(boot, '/var/lib/stillblock/other');
+  await configureHistory(boot, 'place="/var/lib/stillblock/other"');
   await boot.reboot([], 'systemctl reboot');
 
   boot = await world.boot({ init: 'systemd' });
@@ -547,7 +548,7 @@ export async function oldInitramfs(t: ExecutionContext, world: Booted): Promise<
   boot = await world.boot({ init: 'systemd' });
   await boot.up();
   assertTakenUp(t, world, await boot.seen(), 'another place');
-  await world.keepPlan(await movePlace(boot, undefined));
+  await world.keepPlan(await configureHistory(boot, undefined));
   await boot.reboot([], 'systemctl reboot');
   boot = await world.boot();
   assertTakenUp(t, world, await boot.seen(), 'the first place again');

@@ -10,7 +10,7 @@ import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import test, { type ExecutionContext } from 'ava';
 import { checkout } from './checkout.ts';
-import { CommandLine } from './command-line.ts';
+import { CommandLine, cli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
@@ -19,7 +19,6 @@ import { smallXfs } from './xfs.ts';
 const MiB = 1 << 20;
 const kernel = '6.1';
 const nbdPort = 10809;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const cliLimitMs = 300_000;
 
 const failed = 1;

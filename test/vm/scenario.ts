@@ -9,6 +9,7 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { checkout, type KernelName } from './checkout.ts';
 import type { CommandResult, GuestCommand } from './command.ts';
+import { cli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { runTool } from './host.ts';
 import { shellQuote } from './initrd.ts';
@@ -35,7 +36,6 @@ const passLimitMs = 180_000;
 const fioPauseSeconds = 5;
 const cliLimitMs = 300_000;
 
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const appender = `node ${shellQuote(join(checkout, 'dist/test/vm/appender.js'))}`;
 
 /** One of the five claims, with what was seen. */

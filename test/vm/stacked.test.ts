@@ -4,16 +4,15 @@
 // What lies on the same sectors must be the same in both images of one instant,
 // whoever of the trackers held a write first; only gate and drain see to that.
 
-import { join } from 'node:path';
 import test from 'ava';
-import { checkout, testKernel } from './checkout.ts';
+import { testKernel } from './checkout.ts';
 import type { GuestCommand } from './command.ts';
+import { cli } from './command-line.ts';
 import { bootGuest, type Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const MiB = 1 << 20;
 const kernel = testKernel();
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const cliLimitMs = 300_000;
 const compareLimitMs = 180_000;
 const socket = '/run/stacked.sock';

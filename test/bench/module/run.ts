@@ -17,8 +17,8 @@ import { parseArgs } from 'node:util';
 import { buildTool, Conversation } from '../../kernels/world.ts';
 import { checkout, type KernelName, kernelNames, stockKernel } from '../../vm/checkout.ts';
 import type { GuestCommand } from '../../vm/command.ts';
+import { cli } from '../../vm/command-line.ts';
 import { bootGuest, type Guest } from '../../vm/guest.ts';
-import { shellQuote } from '../../vm/initrd.ts';
 
 const MiB = 2 ** 20;
 /** Scattered writes of 4 KiB, each the first in its 64 KiB. */
@@ -26,7 +26,6 @@ const firstStrideBytes = 64 * 1024;
 const firstCount = 1024;
 const diskBytes = 128 * MiB;
 const limitMs = 600_000;
-const cli = `node ${shellQuote(join(checkout, 'dist/src/cli.js'))}`;
 const accessesProgram = join(checkout, 'build/bench/accesses');
 const rounds = 3;
 
