@@ -61,11 +61,14 @@
 #define STB_PLACE_MARGIN	2048
 /* One I/O carries this many pages at most. */
 #define STB_IO_PAGES		64
-/* A device that does not answer a read or a write of ours in this time hangs. */
-#define STB_IO_TIMEOUT		HZ
+/*
+ * A device that does not answer a read or a write of ours in this time hangs. One
+ * that many machines share may take seconds when all of them start at once.
+ */
+#define STB_IO_TIMEOUT		(5 * HZ)
 /* What is not kept is looked at again when somebody asks, this often at most. */
 #define STB_KEPT_RETRY		(60 * HZ)
-/* How long the last writes of all devices are waited for once they are held. */
+/* How long writes in flight are waited for once later ones are held. */
 #define STB_LAST_WRITES		HZ
 
 /* Heads of devices and partitions whose content tells of writes, sectors. */
@@ -1045,7 +1048,7 @@ void stb_persist_attached(struct stb_tracker *t, struct stb_record *saved)
 	if (!saved)
 		return;
 	/* Who was on the way when the hook learned of it is in the figures now. */
-	if (stb_tracker_gate(t, jiffies + STB_IO_TIMEOUT))
+	if (stb_tracker_gate(t, jiffies + STB_LAST_WRITES))
 		refusal = STILLBLOCK_HISTORY_WRITTEN;
 	else
 		refusal = map_take_up(t, saved);
@@ -1754,6 +1757,12 @@ int stb_persist_place(struct stillblock_place *args)
 		if (place.sealed)
 			return -ESHUTDOWN;
 		ret = place.set ? place_hold(args) : place_set(args);
+		break;
+	case STILLBLOCK_PLACE_UNLESS:
+		args->reason = STILLBLOCK_REASON_PLACE_BUSY;
+		ret = -EBUSY;
+		if (!place.set && place.refusal == STILLBLOCK_HISTORY_NO_PLACE)
+			ret = place_set(args);
 		break;
 	default:
 		return -EINVAL;

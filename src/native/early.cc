@@ -83,23 +83,20 @@ std::map<std::string, std::string> FindNodes() {
 }
 
 void SetPlace(int control, const Plan& plan, const std::map<std::string, std::string>& nodes) {
-  struct stillblock_place place = {};
-  place.flags = STILLBLOCK_PLACE_QUERY;
-  if (ioctl(control, STILLBLOCK_IOC_PLACE, &place) != 0 || (place.flags & STILLBLOCK_PLACE_SET) ||
-      place.history != STILLBLOCK_HISTORY_NO_PLACE) {
-    return;
-  }
   auto found = nodes.find(plan.place);
   if (found == nodes.end() || found->second.empty()) return;
   UniqueFd bdev(open(found->second.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!bdev.valid()) return;
-  place = {};
+  struct stillblock_place place = {};
+  // One of us runs for each device that appears, and the daemon may have decided meanwhile.
+  place.flags = STILLBLOCK_PLACE_UNLESS;
   place.bdev_fd = bdev.get();
   place.file_fd = -1;
   place.extents = reinterpret_cast<uintptr_t>(plan.extents.data());
   place.nr_extents = static_cast<uint32_t>(plan.extents.size());
   if (!device_identity::BootId(place.boot_id)) return;
-  if (ioctl(control, STILLBLOCK_IOC_PLACE, &place) != 0) {
+  if (ioctl(control, STILLBLOCK_IOC_PLACE, &place) != 0 &&
+      place.reason != STILLBLOCK_REASON_PLACE_BUSY) {
     fprintf(stderr, "stillblock-early: %s: no histories (reason %u, %u): %s\n",
             found->second.c_str(), place.reason, place.history, strerror(errno));
   }

@@ -210,6 +210,13 @@ export function randomCuts(spanMs: number, seeds: readonly number[]): Cut[] {
   }));
 }
 
+/** What the module has said. */
+const ourLines = (console: string): string =>
+  console
+    .split('\n')
+    .filter((line) => line.includes('stillblock: '))
+    .join('\n');
+
 /**
  * Power cuts, each from the same clean state: a full copy is required, unless nothing was
  * tracked yet or all was saved.
@@ -233,7 +240,7 @@ export async function kills(
       const what = `${cut.what}, killed after ${cut.afterMs} ms: ${name}`;
       const was = inUse ? (ending ? 'ending' : 'tracked') : 'not tracked yet';
       t.log(`${what}: ${was}: ${takenUp ? 'taken up' : `full, reason ${began}`}`);
-      if (inUse && !ending) t.false(takenUp, what);
+      if (inUse && !ending) t.false(takenUp, `${what}\n${ourLines(console)}`);
       t.is(generation === world.point(name)?.generation, takenUp, what);
       if (!takenUp) {
         full[name] += 1;

@@ -256,6 +256,8 @@ struct stillblock_extent {
 #define STILLBLOCK_PLACE_QUERY		0x2u
 /* Use it no longer: what it holds is worthless until it is set again. */
 #define STILLBLOCK_PLACE_DROP		0x4u
+/* Set it if none is set, and none was dropped for a reason or found unsuitable. */
+#define STILLBLOCK_PLACE_UNLESS		0x8u
 /* Out: one is set. */
 #define STILLBLOCK_PLACE_SET		0x100u
 /* Out: it is held fast, by its file being pinned or its device being ours. */
@@ -270,7 +272,8 @@ struct stillblock_extent {
  * @extents: array of struct stillblock_extent, fully allocated
  * @nr_extents: its length; 0 with @file_fd -1 takes the whole device, which
  *	the module opens exclusively
- * @flags: in: STILLBLOCK_PLACE_FORMAT, _QUERY or _DROP; out: _SET, _HELD
+ * @flags: in: STILLBLOCK_PLACE_FORMAT, _QUERY, _DROP or _UNLESS; out:
+ *	_SET, _HELD
  * @boot_id: tells this boot from all others: /proc/sys/kernel/random/boot_id
  * @uuid: out: of the place
  * @capacity: out: bytes for maps, one byte per block of each device
