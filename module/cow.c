@@ -374,6 +374,8 @@ static void cow_serve_waiting(struct stb_cow *cow)
 static void cow_work(struct work_struct *work)
 {
 	struct stb_cow *cow = container_of(work, struct stb_cow, work);
+	/* Pairs with the release in stb_cow_detach(): the snapshot has ended. */
+	bool ending = smp_load_acquire(&cow->ending);
 	unsigned int noio = memalloc_noio_save();
 	struct blk_plug plug;
 	LIST_HEAD(reads);
@@ -394,6 +396,8 @@ static void cow_work(struct work_struct *work)
 	stb_image_retry(cow, &reads);
 	blk_finish_plug(&plug);
 	memalloc_noio_restore(noio);
+	if (ending)
+		complete_all(&cow->ended);
 }
 
 /**
@@ -419,15 +423,20 @@ void stb_cow_attach(struct stb_cow *cow)
  * stb_cow_detach() - let every write pass and forget the tracker's list
  * @cow: cow; its snapshot is no longer held
  *
- * When it returns no callback looks at @cow, and it holds no write.
+ * When it returns no callback looks at @cow, and it holds no write. Flushing
+ * the work would not do: while another processor is about to queue it, between
+ * its mark and the list, queueing it does nothing and flushing it finds nothing.
+ * But whoever finds it marked is seen by the run that follows.
  */
 void stb_cow_detach(struct stb_cow *cow)
 {
 	struct stb_tracker *t = cow->tracker;
 
 	stb_tracker_set_mode(t, STB_PASS, NULL);
+	/* Pairs with the acquire in cow_work(). */
+	smp_store_release(&cow->ending, true);
 	stb_cow_kick(cow);
-	flush_work(&cow->work);
+	wait_for_completion(&cow->ended);
 	raw_spin_lock_irq(&t->lock);
 	WARN_ON_ONCE(!bio_list_empty(&t->held));
 	if (rcu_access_pointer(t->cow) == cow)
@@ -672,6 +681,7 @@ int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
 	INIT_LIST_HEAD(&cow->free);
 	bio_list_init(&cow->waiting);
 	INIT_WORK(&cow->work, cow_work);
+	init_completion(&cow->ended);
 
 	bytes = BITS_TO_LONGS(cow->nr_chunks) * sizeof(long);
 	cow->copied = vzalloc(bytes);

@@ -4,6 +4,7 @@
 
 #include <linux/bio.h>
 #include <linux/bitops.h>
+#include <linux/completion.h>
 #include <linux/list.h>
 #include <linux/spinlock.h>
 #include <linux/workqueue.h>
@@ -120,6 +121,9 @@ struct stb_area {
  * @nr_closed: jobs whose chunks wait for readers before they open
  * @waiting: held writes that the worker has taken over; worker only
  * @work: does everything
+ * @ending: the next run of @work that sees this lets everything go and completes
+ *	@ended
+ * @ended: @work holds no write any more
  * @jobs: all jobs
  */
 struct stb_cow {
@@ -142,6 +146,8 @@ struct stb_cow {
 	unsigned int nr_closed;
 	struct bio_list waiting;
 	struct work_struct work;
+	bool ending;
+	struct completion ended;
 	struct stb_job *jobs;
 };
 
