@@ -3,6 +3,7 @@
 // more than there is; and the module comes and goes under writes. Nothing may be left
 // of any of it.
 
+import { basename } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
 import { testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
@@ -11,6 +12,7 @@ import { shellQuote } from '../vm/initrd.ts';
 import {
   askLimitMs,
   Backup,
+  buildKernelModule,
   buildTool,
   Conversation,
   cliLimitMs,
@@ -29,6 +31,8 @@ const paceUs = pace(12_000);
 const mapped = '/dev/mapper/mounted';
 /** How often the module comes and goes. */
 const reloads = 6;
+/** How often a snapshot ends while work of it takes its time to be queued. */
+const slowEnds = 40;
 const fioLimitMs = 120_000;
 /** More than a begin makes. */
 const manyCalls = 40;
@@ -187,6 +191,36 @@ test.serial(
     await assertNothingLeft(t, free);
   },
 );
+
+test.serial('a snapshot ends while another processor is about to queue its work', async (t) => {
+  t.timeout(10 * 60_000);
+  const slow = await buildKernelModule('slow-queue', kernel);
+  const { stdout } = await guest.run(
+    `awk '$1 == "stillblock" { print "start=" $6, "size=" $2 }' /proc/modules`,
+  );
+  await guest.run(`insmod ${shellQuote(slow)} ${stdout.trim()}`);
+  const [id] = (await module.require('list'))[0]?.split(':') ?? [];
+  const fio = guest.start(
+    `exec fio --name=ending --filename=${node('raw')} --offset=24M --size=16M --rw=randwrite --bs=4k --direct=1 \
+      --ioengine=psync --numjobs=3 --thread --norandommap --time_based --runtime=600 --minimal`,
+  );
+  const completed = `awk '{ print $5 }' /sys/block/${basename(node('raw'))}/stat`;
+  await guest.run(
+    `before=$(${completed}); until [ $(${completed}) -gt $((before + 1000)) ]; do :; done`,
+  );
+  for (let round = 0; round < slowEnds; round += 1) {
+    await module.require(`take ending trackers=${id} stores=memory:${32 * MiB}`);
+    await module.require('close ending');
+  }
+  // A write that was forgotten would keep it from ending.
+  fio.kill(2);
+  const { stdout: figures } = await fio.wait(fioLimitMs);
+  t.is(figures.split(';')[4], '0', figures);
+  const [, , errno] = await oracle.require('reach raw 20');
+  t.is(errno, '0');
+  await guest.run('rmmod slow_queue');
+  guest.assertCleanConsole();
+});
 
 test.serial('a store larger than the memory is refused', async (t) => {
   const [id] = (await module.require('list'))[0]?.split(':') ?? [];

@@ -5,7 +5,7 @@
 import { mkdir, rename, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { nativeConstants } from '../../src/native.ts';
-import { checkout, testKernel } from '../vm/checkout.ts';
+import { checkout, type KernelName, testKernel } from '../vm/checkout.ts';
 import type { GuestCommand } from '../vm/command.ts';
 import { cli } from '../vm/command-line.ts';
 import type { Guest } from '../vm/guest.ts';
@@ -56,6 +56,18 @@ export function buildTool(name: ToolName): Promise<string> {
   const built = building.get(name) ?? compile(name);
   building.set(name, built);
   return built;
+}
+
+/** @returns the file of a kernel module of test/kernels/FOLDER, built for a kernel */
+export async function buildKernelModule(folder: string, kernel: KernelName): Promise<string> {
+  const output = join(checkout, `build/${folder}-${kernel}`);
+  const script = join(checkout, 'scripts/build-module.sh');
+  const sources = join(checkout, 'test/kernels', folder);
+  await runTool('env', [
+    ...[`STILLBLOCK_MODULE_SOURCES=${sources}`, `STILLBLOCK_MODULE_OUTPUT=${output}`],
+    ...[script, kernel],
+  ]);
+  return join(output, `${folder.replaceAll('-', '_')}.ko`);
 }
 
 async function compile(name: ToolName): Promise<string> {

@@ -423,7 +423,8 @@ export class Guest {
       (options.memoryMiB ?? 2048) + (options.kernel === 'debug' ? debugMemoryMiB : 0);
     const onScsi = (options.disks ?? []).some(({ bus }) => bus === 'virtio-scsi');
     const cmdline = [
-      'console=ttyS0 loglevel=5 quiet',
+      // Warnings are complaints, and `quiet` would leave them out.
+      'console=ttyS0 loglevel=5',
       // A crash ends QEMU, with its report on the console.
       'panic=-1 oops=panic',
       'nokaslr mitigations=off no5lvl net.ifnames=0 rcupdate.rcu_cpu_stall_timeout=60',
