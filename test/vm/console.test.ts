@@ -40,6 +40,7 @@ const complaining = [
 ];
 
 const ordinary = [
+  '[   31.584118] md1: WARNING: vdh4 appears to be on the same physical disk as vdh3.',
   '[    0.0] Linux version 6.1.0-56-amd64 (debian-kernel@lists.debian.org) (gcc-12 (Debian 12.2.0))',
   '[    0.0] Command line: console=ttyS0 oops=panic panic=-1',
   '[    1.1] mtrr: your CPUs had inconsistent variable MTRR settings',

@@ -8,7 +8,8 @@
  * mm/kasan, mm/kfence, mm/slub.c, fs) and our module's report of a leak.
  */
 const complaints: readonly RegExp[] = [
-  /\bWARNING: /,
+  // What md says of an array on one disk is advice.
+  /\bWARNING: (?!\w+ appears to be on the same physical disk)/,
   /\bBUG: /,
   /\bkernel BUG at /,
   /\bOops: /,
