@@ -1,3 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+/**
+ * Linux' own client, in a guest: it knows simple replies alone, believes every size it is
+ * told, and puts a file system on top.
+ */
 import test, { type ExecutionContext } from 'ava';
 import { commandsOf, Page } from '../pages.ts';
 import { certify } from '../vm/certify.ts';
