@@ -7,6 +7,7 @@
 
 import test from 'ava';
 import { testKernel } from '../vm/checkout.ts';
+import { arrayOnOneDisk } from '../vm/console.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { buildTool, Conversation, MiB, pace } from './world.ts';
 
@@ -294,5 +295,5 @@ test.serial('after all that nothing is left, and the kernel has not complained',
   await module.require('detach all');
   await module.end();
   await guest.run('rmmod stillblock');
-  await t.notThrowsAsync(guest.shutdown());
+  await t.notThrowsAsync(guest.shutdown([arrayOnOneDisk]));
 });

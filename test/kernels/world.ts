@@ -14,8 +14,6 @@ import { shellQuote } from '../vm/initrd.ts';
 
 export const MiB: number = 1 << 20;
 
-/** The command line, as text for a guest's shell. */
-
 /** Node takes five seconds to start in an emulated guest that is alone. */
 export const cliLimitMs = 300_000;
 

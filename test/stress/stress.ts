@@ -6,6 +6,7 @@ import { mkdir, mkdtemp, readdir, rename, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { checkout, type KernelName } from '../vm/checkout.ts';
+import { arrayOnOneDisk } from '../vm/console.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { runTool } from '../vm/host.ts';
 import { shellQuote } from '../vm/initrd.ts';
@@ -201,7 +202,7 @@ export class StressGuest {
       rmmod stillblock`,
       { timeoutMs: setupLimitMs },
     );
-    await this.guest.shutdown();
+    await this.guest.shutdown([arrayOnOneDisk]);
   }
 
   /** For cleaning up; may be called at any time. */
