@@ -6,17 +6,26 @@
  *
  * The place is a line of pages of 4 KiB:
  *
- *   page 0          header: whose place it is, where it lies, format
+ *   page 0          header: whose place it is, where it lies, format, its session
  *   page 1 .. 64    records, one per device
  *   page 65 ..      maps, each in the run of pages that its record names
  *
  * A record is made IN_USE, on stable storage, before the first write of its
  * device is tracked, and CLEAN by the clean path alone, which first holds every
  * write of every tracked device for ever; a detach that keeps the history makes
- * it DETACHED, which is good for this boot. It is believed only if its own hash
- * and that of the map are right, nobody has written to the disk in this boot
- * before the attach, and the device's fingerprint is that of the last moment.
- * Everything else begins a new generation, with the reason.
+ * it DETACHED, which is good for this boot.
+ *
+ * A place may fail in the middle of that, and leave a device tracked whose record
+ * is CLEAN from the time before. So each setting of the place is a session, which
+ * the header tells of on stable storage before the first record is believed or
+ * made IN_USE, and which the clean path closes once it has made all records. Only
+ * records of the last session that was closed are believed, and none when another
+ * one was begun by an earlier boot and not closed.
+ *
+ * A record is believed only if moreover its own hash and that of the map are right,
+ * nobody has written to the disk in this boot before the attach, and the device's
+ * fingerprint is that of the last moment. Everything else begins a new generation,
+ * with the reason.
  *
  * The hash is SipHash, and not a CRC: a CRC of a superblock that ends with its
  * own CRC, as those of ext4 and XFS do, is the same for every content.
@@ -52,7 +61,7 @@
 
 #define STB_PLACE_MAGIC		0x4563616c50625453ull	/* "STbPlacE" */
 /* Raised by every change of the format. */
-#define STB_PLACE_VERSION	3
+#define STB_PLACE_VERSION	4
 #define STB_PLACE_PAGE		4096u
 #define STB_PLACE_PAGE_SECT	(STB_PLACE_PAGE >> SECTOR_SHIFT)
 #define STB_PLACE_RECORDS	STILLBLOCK_MAX_TRACKERS
@@ -90,6 +99,10 @@ MODULE_PARM_DESC(save_timeout_ms,
  * @uuid: made when it was formatted
  * @nr_pages: length of the place
  * @location: hash of where it lies: a copy of it elsewhere is none
+ * @turn: its session, counted from 1: that which goes on, or was the last
+ * @closed: session whose CLEAN records are believed; @turn itself once the clean
+ *	path has closed it, and 0 when there is none
+ * @boot_id: of the boot that @turn belongs to
  * @hash: of the page, with this as zero
  */
 struct persist_header {
@@ -99,6 +112,9 @@ struct persist_header {
 	u8 uuid[STILLBLOCK_UUID_SIZE];
 	__le64 nr_pages;
 	__le64 location;
+	__le64 turn;
+	__le64 closed;
+	u8 boot_id[STILLBLOCK_UUID_SIZE];
 	__le64 hash;
 };
 
@@ -159,7 +175,8 @@ enum persist_way {
  *	be empty here
  * @nr_damaged: records that could not be believed when it was set
  * @damaged: which these are, as long as nobody holds the place fast
- * @turn: one more than that of any record when it was set
+ * @turn: this session
+ * @closed: session whose CLEAN records are believed; 0 when there is none
  * @io: for the place
  * @origin_io: for reads of tracked devices
  */
@@ -183,6 +200,7 @@ struct persist_place {
 	u32 nr_damaged;
 	DECLARE_BITMAP(damaged, STB_PLACE_RECORDS);
 	u64 turn;
+	u64 closed;
 	struct persist_io *io;
 	struct persist_io *origin_io;
 };
@@ -460,6 +478,33 @@ static int record_write(u32 index, enum stb_record_state state, blk_opf_t flags,
 	return ret;
 }
 
+/* Make the header that of this session, on stable storage after all before it. */
+static int header_write(enum persist_way way)
+{
+	struct persist_header *h;
+	int ret;
+
+	if (place.error || !place.io)
+		return -EIO;
+	h = io_page(place.io, 0);
+	memset(h, 0, STB_PLACE_PAGE);
+	h->magic = cpu_to_le64(STB_PLACE_MAGIC);
+	h->version = cpu_to_le32(STB_PLACE_VERSION);
+	memcpy(h->uuid, place.uuid, sizeof(h->uuid));
+	h->nr_pages = cpu_to_le64(place.nr_pages);
+	h->location = cpu_to_le64(place.location);
+	h->turn = cpu_to_le64(place.turn);
+	h->closed = cpu_to_le64(place.closed);
+	memcpy(h->boot_id, place.boot_id, sizeof(h->boot_id));
+	h->hash = persist_page_hash(h, STB_PLACE_PAGE, &h->hash);
+	ret = place_rw(0, 0, 1,
+		       REQ_OP_WRITE | REQ_SYNC | REQ_META | REQ_PREFLUSH | REQ_FUA,
+		       way);
+	if (ret)
+		place_fail(ret);
+	return ret;
+}
+
 static int record_of(const u8 *identity)
 {
 	u32 i;
@@ -500,40 +545,31 @@ static u64 place_find_room(u32 index, u64 nr)
 static bool record_is_void(const struct stb_record *r)
 {
 	switch (le32_to_cpu(r->state)) {
-	case STB_RECORD_IN_USE:
-		return true;
+	case STB_RECORD_CLEAN:
+		return le64_to_cpu(r->turn) != place.closed;
 	case STB_RECORD_DETACHED:
 		return memcmp(r->boot_id, place.boot_id, sizeof(r->boot_id));
 	}
-	return false;
+	return true;
 }
 
 /*
- * A record but @index whose room may be given away: of a device that is not there,
- * and was not kept, or else not at the last shutdown; the oldest of these. Less
- * than zero when there is none.
+ * A record but @index whose room may be given away: nothing in it could be taken
+ * up, and no device has it. Less than zero when there is none.
  */
 static int record_spare(int index)
 {
-	u64 oldest = place.turn - 1;
-	int spare = -ENOENT;
 	u32 i;
 
 	for (i = 0; i < STB_PLACE_RECORDS; i++) {
 		const struct stb_record *r = &place.records[i];
 
-		if ((int)i == index || record_lives(i) ||
-		    test_bit(i, place.damaged))
-			continue;
-		if (record_is_void(r))
+		if ((int)i != index && !record_lives(i) &&
+		    !test_bit(i, place.damaged) && record_is_void(r) &&
+		    le32_to_cpu(r->state) != STB_RECORD_EMPTY)
 			return i;
-		if (le32_to_cpu(r->state) == STB_RECORD_CLEAN &&
-		    le64_to_cpu(r->turn) < oldest) {
-			oldest = le64_to_cpu(r->turn);
-			spare = i;
-		}
 	}
-	return spare;
+	return -ENOENT;
 }
 
 static int record_find_empty(void)
@@ -903,16 +939,11 @@ static u32 record_refusal(struct stb_tracker *t, const struct stb_record *saved)
 {
 	struct stb_change_map *map = stb_tracker_map(t);
 
-	switch (le32_to_cpu(saved->state)) {
-	case STB_RECORD_EMPTY:
+	if (le32_to_cpu(saved->state) == STB_RECORD_EMPTY)
 		return place.nr_damaged ? STILLBLOCK_HISTORY_DAMAGED :
 					  STILLBLOCK_HISTORY_FIRST;
-	case STB_RECORD_IN_USE:
+	if (record_is_void(saved))
 		return STILLBLOCK_HISTORY_NOT_SAVED;
-	case STB_RECORD_DETACHED:
-		if (memcmp(saved->boot_id, place.boot_id, sizeof(saved->boot_id)))
-			return STILLBLOCK_HISTORY_NOT_SAVED;
-	}
 	if (le64_to_cpu(saved->nr_sect) != map->nr_sect)
 		return STILLBLOCK_HISTORY_RESIZED;
 	if (le32_to_cpu(saved->block_shift) != map->block_shift)
@@ -1302,6 +1333,7 @@ static void persist_save(struct work_struct *work)
 		if (t->kept)
 			continue;
 		record_prepare(t);
+		place_mark_on(t, 0, 1);
 		for (other = 0; (on = stb_tracker_next(other)); other = on->id)
 			record_mark_on(on, t);
 	}
@@ -1315,6 +1347,8 @@ static void persist_save(struct work_struct *work)
 			pr_info("%pg: history kept, generation %pU\n",
 				t->dev.bdev, &stb_tracker_map(t)->generation);
 	}
+	place.closed = place.turn;
+	header_write(PERSIST_PAST);
 unlock:
 	stb_control_unlock();
 	complete_all(&save_done);
@@ -1532,6 +1566,10 @@ static u32 place_read_header(void)
 	    le64_to_cpu(h->location) != place.location)
 		return STILLBLOCK_HISTORY_PLACE_DAMAGED;
 	memcpy(place.uuid, h->uuid, sizeof(place.uuid));
+	place.turn = le64_to_cpu(h->turn) + 1;
+	if (h->closed == h->turn ||
+	    !memcmp(h->boot_id, place.boot_id, sizeof(h->boot_id)))
+		place.closed = le64_to_cpu(h->closed);
 	return 0;
 }
 
@@ -1542,46 +1580,30 @@ static u32 place_read_records(void)
 	if (place_rw(record_page(0), 0, STB_PLACE_RECORDS, REQ_OP_READ,
 		     PERSIST_PAST))
 		return STILLBLOCK_HISTORY_PLACE_ERROR;
-	place.turn = 1;
 	for (i = 0; i < STB_PLACE_RECORDS; i++) {
 		struct stb_record *r = &place.records[i];
 
 		memcpy(r, io_page(place.io, i), sizeof(*r));
-		if (record_right(r, i)) {
-			place.turn = max(place.turn, le64_to_cpu(r->turn) + 1);
+		if (record_right(r, i))
 			continue;
-		}
 		memset(r, 0, sizeof(*r));
 		place.nr_damaged++;
 		if (!place.exclusive && !place.file)
 			set_bit(i, place.damaged);
 	}
-	return 0;
+	return header_write(PERSIST_HOOKED) ? STILLBLOCK_HISTORY_PLACE_ERROR : 0;
 }
 
 static u32 place_format(void)
 {
-	struct persist_header *h;
 	u32 i;
 
 	generate_random_uuid(place.uuid);
-	memset(place.records, 0, STB_PLACE_RECORDS * sizeof(*place.records));
-	place.nr_damaged = 0;
 	place.turn = 1;
 	for (i = 0; i < STB_PLACE_RECORDS; i++)
 		if (record_write(i, STB_RECORD_EMPTY, 0, PERSIST_HOOKED))
 			return STILLBLOCK_HISTORY_PLACE_ERROR;
-	h = io_page(place.io, 0);
-	memset(h, 0, STB_PLACE_PAGE);
-	h->magic = cpu_to_le64(STB_PLACE_MAGIC);
-	h->version = cpu_to_le32(STB_PLACE_VERSION);
-	memcpy(h->uuid, place.uuid, sizeof(h->uuid));
-	h->nr_pages = cpu_to_le64(place.nr_pages);
-	h->location = cpu_to_le64(place.location);
-	h->hash = persist_page_hash(h, STB_PLACE_PAGE, &h->hash);
-	return place_rw(0, 0, 1,
-			REQ_OP_WRITE | REQ_SYNC | REQ_PREFLUSH | REQ_FUA,
-			PERSIST_HOOKED) ? STILLBLOCK_HISTORY_PLACE_ERROR : 0;
+	return header_write(PERSIST_HOOKED) ? STILLBLOCK_HISTORY_PLACE_ERROR : 0;
 }
 
 /* Set the place that the caller describes; what is left behind is released. */

@@ -234,7 +234,7 @@ export const HISTORY_WORDS: Readonly<Record<string, Words>> = {
     advice: 'start stillblock.service',
   },
   NOT_SAVED: {
-    message: 'the machine was not shut down cleanly',
+    message: 'the machine was not shut down cleanly, or did not keep this history then',
     advice: 'nothing need be done: the next backup is a full one',
   },
   DAMAGED: {

@@ -234,9 +234,12 @@ export async function kills(
     const { console, ending } = await workUntil(world, cut);
     const boot = await world.boot();
     const seen = await boot.seen();
-    for (const [index, name] of tracked.entries()) {
+    const isTracked = (index: number): boolean =>
+      console.includes(`stillblock: ${['vda', 'vdb'][index]}: tracked`);
+    // Both are in one place, which had been set when the first of them was tracked.
+    const inUse = isTracked(0) || isTracked(1);
+    for (const name of tracked) {
       const { takenUp, generation, began } = seen[name];
-      const inUse = console.includes(`stillblock: ${['vda', 'vdb'][index]}: tracked`);
       const what = `${cut.what}, killed after ${cut.afterMs} ms: ${name}`;
       const was = inUse ? (ending ? 'ending' : 'tracked') : 'not tracked yet';
       t.log(`${what}: ${was}: ${takenUp ? 'taken up' : `full, reason ${began}`}`);
@@ -247,7 +250,8 @@ export async function kills(
         t.is(began, history.notSaved, what);
       }
     }
-    if (tracked.some((name) => seen[name].takenUp)) {
+    t.is(seen.root.takenUp, seen.data.takenUp, cut.what);
+    if (seen.root.takenUp) {
       await boot.settle();
       await boot.checkpoint();
     }

@@ -97,7 +97,7 @@ enum stillblock_history {
 	STILLBLOCK_HISTORY_PLACE_ERROR		= 6,	/* its device fails or hangs */
 	STILLBLOCK_HISTORY_PLACE_FULL		= 7,
 	STILLBLOCK_HISTORY_PLACE_LOOSE		= 8,	/* its file is not pinned yet */
-	STILLBLOCK_HISTORY_NOT_SAVED		= 9,	/* no clean shutdown */
+	STILLBLOCK_HISTORY_NOT_SAVED		= 9,	/* not at the last shutdown */
 	STILLBLOCK_HISTORY_DAMAGED		= 10,	/* record or map is wrong */
 	STILLBLOCK_HISTORY_RESIZED		= 11,
 	STILLBLOCK_HISTORY_BLOCK_SIZE		= 12,	/* another one was asked for */
