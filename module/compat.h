@@ -37,11 +37,16 @@
 #if !STB_KERNEL(6, 0)
 #define blk_opf_t		unsigned int
 #endif
-#if !STB_KERNEL(5, 16)
-#define REQ_POLLED		REQ_HIPRI
-#endif
 #if !STB_KERNEL(5, 17)
 #define GENHD_FL_NO_PART	GENHD_FL_NO_PART_SCAN
+#endif
+
+#if !STB_KERNEL(5, 16)
+/* Let a bio that was submitted for polling end in an interrupt. */
+static inline void bio_clear_polled(struct bio *bio)
+{
+	bio->bi_opf &= ~REQ_HIPRI;
+}
 #endif
 
 /*

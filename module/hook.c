@@ -433,11 +433,13 @@ noinline void stb_hook_submit(struct bio *bio)
  *
  * The trackers behind @after may hold it. Whoever held it preserved or
  * counted it, so it can wait: NOWAIT is cleared, since the submitter was told
- * that the write is on its way, and POLLED, since nobody polls for it here.
+ * that the write is on its way, and POLLED, since nobody polls for it here: it
+ * ends in an interrupt then, in which 6.1 wants no bio back from a task's cache.
  */
 void stb_hook_resume(struct bio *bio, const struct stb_tracker *after)
 {
-	bio->bi_opf &= ~(REQ_NOWAIT | REQ_POLLED);
+	bio->bi_opf &= ~REQ_NOWAIT;
+	bio_clear_polled(bio);
 	hook_pass(bio, after->id, NULL);
 }
 
