@@ -187,17 +187,24 @@ async function workUntil(world: Booted, kill?: Cut): Promise<Killed> {
   return { console: boot.guest.console(), ending };
 }
 
+/** When the kernel has said what matches, in seconds since its start. */
+function stamps(console: string, what: RegExp): number[] {
+  // What user space has begun to say may stand before it in the line.
+  return console.split('\n').flatMap((line) => {
+    const [, stamp, text = ''] = /\[ *(\d+\.\d+)\] (.*)/.exec(line) ?? [];
+    return stamp !== undefined && what.test(text) ? [Number(stamp)] : [];
+  });
+}
+
 /** @returns how long it is from the module's load to the end of a boot, milliseconds */
 export async function workMs(t: ExecutionContext, world: Booted): Promise<number> {
   const restore = await world.saveDisks();
-  const stamps = (await workUntil(world)).console
-    .split('\n')
-    .flatMap((line) => (/^\[ *\d+\.\d+\]/.test(line) ? [line] : []));
+  const { console } = await workUntil(world);
   await restore();
-  const secondsOf = (line = ''): number => Number(/\d+\.\d+/.exec(line)?.[0]);
-  const spanMs =
-    1000 * (secondsOf(stamps.at(-1)) - secondsOf(stamps.find((line) => line.includes(loading))));
+  const [loaded = Number.NaN] = stamps(console, new RegExp(loading));
+  const spanMs = 1000 * ((stamps(console, /./).at(-1) ?? Number.NaN) - loaded);
   t.log(`from the module's load to the end: ${spanMs.toFixed(0)} ms`);
+  t.true(spanMs > 0);
   return Math.round(spanMs);
 }
 
@@ -276,13 +283,8 @@ const flipBit = (at: number) => (bytes: Buffer) => bytes.writeUInt8(bytes.readUI
 
 /** Seconds from the module's load to the last device that the initramfs attached, by the kernel. */
 function attachSeconds(console: string): number {
-  const stamps = (what: RegExp): number[] =>
-    console.split('\n').flatMap((line) => {
-      const [, stamp] = /^\[ *(\d+\.\d+)\]/.exec(line) ?? [];
-      return what.test(line) && stamp !== undefined ? [Number(stamp)] : [];
-    });
-  const [loaded = Number.NaN] = stamps(/ stillblock: loading out-of-tree module/);
-  return (stamps(/ stillblock: vd[ab]: tracked/).at(-1) ?? Number.NaN) - loaded;
+  const [loaded = Number.NaN] = stamps(console, new RegExp(loading));
+  return (stamps(console, /stillblock: vd[ab]: tracked/).at(-1) ?? Number.NaN) - loaded;
 }
 
 const firstMapPage = 65;
