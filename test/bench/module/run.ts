@@ -110,7 +110,7 @@ const values = new Command('bench:module')
   )
   .option(
     '--rounds <count>',
-    'of each measurement (default: 3 of instructions, 4 of latencies, for each disk in each role)',
+    'of each measurement (default: 3 of instructions, whose median leaves out what the first does besides; 4 of latencies, for each disk in each role)',
     number,
   )
   .option('--json <file>', 'writes what was measured there')
