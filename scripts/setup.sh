@@ -29,8 +29,8 @@ packages=(
     # OpenSSL's headers, where Node comes without; certificates and keys for TLS
     libssl-dev
     gnutls-bin openssl
-    # socket activation by its own tool
-    systemd
+    # socket activation by its own tool; tunnels
+    systemd openssh-client openssh-server
     # machines: who converts, inspects and runs them, and what they are made of
     virt-v2v guestfish libvirt-daemon-driver-qemu dosfstools ovmf
     # Debian packages of our own, and what judges them
@@ -56,6 +56,12 @@ debian_packages() {
         command -v sudo >/dev/null && sudo -n true 2>/dev/null ||
             die "run as root: apt-get install --no-install-recommends ${missing[*]}"
         root=(sudo)
+    fi
+    # Tests start sshd themselves; it is not to open this machine because of them.
+    if [[ " ${missing[*]} " = *' openssh-server '* ]]; then
+        say 'setup: /etc/ssh/sshd_not_to_be_run keeps the service of openssh-server from starting'
+        "${root[@]}" mkdir -p /etc/ssh
+        "${root[@]}" touch /etc/ssh/sshd_not_to_be_run
     fi
     log=$(mktemp)
     local install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=300

@@ -5,11 +5,15 @@
  *
  *     <!-- run by test/vm/readme.test.ts -->
  *     <!-- run by test/native/sanitizers.test.ts, with fewer messages -->
+ *     <!-- run by .ci/run -->
  *     <!-- not run: it needs a console -->
  *
  * That test opens the page, and has to take every block that is its own. `test/src/pages.test.ts`
- * looks that no block is without.
+ * looks that no block is without, and that `.ci/run`, which is no test, has such commands among
+ * its own.
  */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { checkout } from './vm/checkout.ts';
@@ -67,6 +71,42 @@ export function commandsOf({ text }: Pick<Block, 'text'>): string[] {
     .split('\n')
     .map((line) => line.replace(/^[#$] /, ''))
     .filter((line) => line.trim() !== '');
+}
+
+/** The commands of CONTRIBUTING.md's table, as they stand in it: `|` is `\\|` there. */
+export async function contributingCommands(): Promise<string[]> {
+  const [, table = ''] =
+    /^\| what \| command \|\n([\s\S]*?)\n\n/m.exec(await readPage('CONTRIBUTING.md')) ?? [];
+  return [...table.matchAll(/^\| .* \| `(.+?)`(?: \(.*\))? \|$/gm)].map(
+    ([, command = '']) => command,
+  );
+}
+
+/** The commands of a block without the remarks behind them. */
+export function bareCommandsOf(block: Pick<Block, 'text'>): string[] {
+  return commandsOf(block).map((command) => command.replace(/\s+#.*/, ''));
+}
+
+/** What became of a command that was typed. */
+export interface Typed {
+  readonly code: unknown;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Types a command in the checkout, as whoever reads the page does, and waits for its end. */
+export async function type(command: string): Promise<Typed> {
+  const child = spawn('sh', ['-c', command], { cwd: checkout, stdio: ['ignore', 'pipe', 'pipe'] });
+  let stdout = '';
+  let stderr = '';
+  child.stdout.setEncoding('utf8').on('data', (piece: string) => {
+    stdout += piece;
+  });
+  child.stderr.setEncoding('utf8').on('data', (piece: string) => {
+    stderr += piece;
+  });
+  const [code] = await once(child, 'close');
+  return { code, stdout, stderr };
 }
 
 /** A page in the hands of the test that runs it. */

@@ -3,11 +3,10 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readFile, stat, writeFile } from 'node:fs/promises';
-import { createServer } from 'node:net';
 import { join } from 'node:path';
 import { execPath } from 'node:process';
 import test, { type ExecutionContext } from 'ava';
-import { folder, pattern } from '../nbd/world.ts';
+import { folder, freePorts, pattern } from '../nbd/world.ts';
 import { type Finished, run, testReleases, tryRun } from './clients.ts';
 import { CLI } from './command.ts';
 
@@ -50,15 +49,6 @@ print("ok")
   t.is(output.trim(), 'ok');
 });
 
-async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const address = server.address();
-  server.close();
-  await once(server, 'close');
-  return typeof address === 'object' && address !== null ? address.port : 0;
-}
-
 /** Has systemd's own tool listen, and start the server at the first connection. */
 function activate(
   t: ExecutionContext,
@@ -90,7 +80,7 @@ async function answers(uri: string): Promise<Finished> {
 
 test('systemd starts the server on a unix socket and a port, named', async (t) => {
   const { home, disk } = await diskOf(t);
-  const port = await freePort();
+  const [port = 0] = await freePorts(1);
   const socket = join(home, 'sock');
   const child = activate(t, [socket, `127.0.0.1:${port}`], ...['--export', `sda=${disk}`]);
   let printed = '';
@@ -113,7 +103,7 @@ test('systemd starts the server on a unix socket and a port, named', async (t) =
 
 test('a socket that other machines can reach needs TLS, whoever opened it', async (t) => {
   const { disk } = await diskOf(t);
-  const port = await freePort();
+  const [port = 0] = await freePorts(1);
   const child = activate(t, [`0.0.0.0:${port}`], '--export', `sda=${disk}`);
   let complaints = '';
   child.stderr?.on('data', (chunk: Buffer) => {

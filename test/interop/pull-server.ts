@@ -136,10 +136,10 @@ export class Server {
       ...{ generation, number: numberOf(checkpoint), incremental: earlier },
     }));
     const exports = disks.flatMap(({ name, sizeBytes }) => [
-      { name, disk: name, uris: instant.server.uris(name), sizeBytes },
+      { name, disk: name, uris: instant.uris(name), sizeBytes },
       ...earlier.map((since) => ({
         ...{ name: `${name}@${since}`, disk: name, checkpoint: since, sizeBytes, generation },
-        ...{ uris: instant.server.uris(`${name}@${since}`), number: numberOf(since) },
+        ...{ uris: instant.uris(`${name}@${since}`), number: numberOf(since) },
         checkpointId: this.#ids.get(since),
       })),
     ]);

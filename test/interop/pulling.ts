@@ -79,6 +79,8 @@ export interface Instant {
   readonly server: NbdServer;
   /** Holds reads of a disk behind what its identity is read from; settles once one waits. */
   holdReads(disk: string): { readonly held: Promise<void>; release(): void };
+  /** Where an export is, as its server tells. */
+  uris(exportName: string): string[];
   /** Options of `stillblock pull` that name all its disks, and the checkpoint. */
   readonly args: readonly string[];
   close(): Promise<void>;
@@ -87,6 +89,8 @@ export interface Instant {
 export class Machine {
   readonly disks: ReadonlyMap<string, Disk>;
   readonly socket: string;
+  /** A port of 127.0.0.1 to serve on in place of the socket, and the one that clients are told. */
+  ports: { readonly own: number; readonly told: number } | undefined;
 
   private constructor(socket: string, disks: readonly Disk[]) {
     this.socket = socket;
@@ -142,10 +146,15 @@ export class Machine {
       }
       since.set(checkpoint, []);
     }
-    await server.listen({ path: this.socket });
+    const { ports } = this;
+    await server.listen(
+      ports === undefined ? { path: this.socket } : { host: '127.0.0.1', port: ports.own },
+    );
     t.teardown(() => server.close());
     return {
       server,
+      uris: (name) =>
+        server.uris(name).map((uri) => uri.replace(`:${ports?.own}/`, `:${ports?.told}/`)),
       args: [
         ...['--checkpoint', checkpoint],
         ...[...this.disks.keys()].flatMap((name) => ['--nbd', this.uri(name)]),

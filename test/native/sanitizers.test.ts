@@ -3,11 +3,8 @@
  * The native engine's core under sanitizers and a coverage-guided fuzzer, by the commands of
  * docs/fuzzing.md: a bounded part of what they do there.
  */
-import { spawn } from 'node:child_process';
-import { once } from 'node:events';
 import test from 'ava';
-import { commandsOf, Page } from '../pages.ts';
-import { checkout } from '../vm/checkout.ts';
+import { commandsOf, Page, type } from '../pages.ts';
 
 const page = await Page.open('docs/fuzzing.md', import.meta.url);
 const commands = page.takeAll().flatMap(commandsOf);
@@ -19,15 +16,8 @@ function command(containing: string, from: string, to: string): string {
 }
 
 async function run(line: string): Promise<{ code: unknown; said: string }> {
-  const child = spawn('sh', ['-c', line], { cwd: checkout, stdio: ['ignore', 'pipe', 'pipe'] });
-  let said = '';
-  for (const stream of [child.stdout, child.stderr]) {
-    stream.on('data', (chunk: Buffer) => {
-      said = (said + chunk.toString()).slice(-20_000);
-    });
-  }
-  const [code] = await once(child, 'close');
-  return { code, said };
+  const { code, stdout, stderr } = await type(line);
+  return { code, said: stdout + stderr };
 }
 
 for (const sanitizer of ['asan', 'tsan']) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What each test builds for itself: a server on its own socket, sources, a raw client. */
+import { once } from 'node:events';
 import { mkdtemp, rm } from 'node:fs/promises';
-import { connect, type Socket } from 'node:net';
+import { type AddressInfo, connect, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type ConnectionOptions, connect as connectTls } from 'node:tls';
@@ -34,6 +35,15 @@ export async function folder(t: ExecutionContext): Promise<string> {
   const path = await mkdtemp(join(tmpdir(), 'stillblock-'));
   t.teardown(() => rm(path, { recursive: true, force: true }));
   return path;
+}
+
+/** Ports of 127.0.0.1 that nobody listens on, each another. */
+export async function freePorts(count: number): Promise<number[]> {
+  const servers = Array.from({ length: count }, () => createServer().listen(0, '127.0.0.1'));
+  await Promise.all(servers.map((server) => once(server, 'listening')));
+  const ports = servers.map((server) => (server.address() as AddressInfo).port);
+  await Promise.all(servers.map((server) => once(server.close(), 'close')));
+  return ports;
 }
 
 /** Bytes that differ from place to place, the same in every run. */

@@ -8,8 +8,19 @@ import test from 'ava';
 import type { Command } from 'commander';
 import { parseConfiguration } from '../../src/configuration.ts';
 import { makeProgram } from '../../src/program.ts';
-import { blocksOf, commandsOf, Page, pageNames, readPage } from '../pages.ts';
+import {
+  bareCommandsOf,
+  blocksOf,
+  commandsOf,
+  contributingCommands,
+  Page,
+  pageNames,
+  readPage,
+} from '../pages.ts';
 import { checkout } from '../vm/checkout.ts';
+
+/** Runs all tests: what a page says of it is one of its own commands, whatever becomes of its output. */
+const ALL_TESTS = '.ci/run';
 
 const read = (path: string): string => readFileSync(join(checkout, path), 'utf8');
 
@@ -17,12 +28,19 @@ test('each block of commands is run by the test that its page names', async (t) 
   const problems: string[] = [];
   let count = 0;
   for (const page of await pageNames()) {
-    for (const { line, runBy, notRun } of blocksOf(page, await readPage(page))) {
+    for (const block of blocksOf(page, await readPage(page))) {
+      const { line, runBy, notRun } = block;
       count += 1;
       if (runBy === undefined && notRun === undefined) {
         problems.push(`${page}:${line} says not which test runs it: see test/pages.ts`);
       } else if (runBy !== undefined && !existsSync(join(checkout, runBy))) {
         problems.push(`${page}:${line} names ${runBy}, which is not there`);
+      } else if (runBy === ALL_TESTS) {
+        const own = read(runBy).split('\n');
+        const without = bareCommandsOf(block).filter(
+          (command) => !own.some((each) => each.replace(/ 2>&1 \|.*/, '') === command),
+        );
+        problems.push(...without.map((command) => `${page}:${line}: ${runBy} lacks ${command}`));
       } else if (runBy !== undefined && !read(runBy).includes(`Page.open('${page}'`)) {
         problems.push(`${page}:${line} names ${runBy}, which does not open that page`);
       }
@@ -102,18 +120,17 @@ const RUN: Readonly<Record<string, 'here' | readonly [file: string, says: string
   "STILLBLOCK_TEST_FILES='devices faults' scripts/test-kernels.sh 7.2 debug": 'it takes hours',
   'STILLBLOCK_TEST_KERNEL=7.2 npx ava --config ava.kernels.config.mjs dist/test/kernels/devices.test.js':
     'npm run test:kernels does',
+  'npm run test:pages': 'it takes most of an hour',
   'npm run test:reboots': 'it takes hours',
   'scripts/test-dkms.sh': 'it makes a tree of each Debian',
-  "scripts/guest.sh --disk a=256M --disk b=64M,nvme --module -- 'dmesg \\| tail'":
-    'it boots a guest; test/vm/console.test.ts boots them alike',
+  "scripts/guest.sh --disk a=256M --disk b=64M,nvme --module -- 'dmesg \\| tail'": [
+    'test/long/guests.test.ts',
+    "contributing('scripts/guest.sh')",
+  ],
 };
 
 test("the commands of CONTRIBUTING.md's table are run", async (t) => {
-  const [, table = ''] =
-    /^\| what \| command \|\n([\s\S]*?)\n\n/m.exec(await readPage('CONTRIBUTING.md')) ?? [];
-  const commands = [...table.matchAll(/^\| .* \| `(.+?)`(?: \(.*\))? \|$/gm)].map(
-    ([, command = '']) => command,
-  );
+  const commands = await contributingCommands();
   t.deepEqual(commands.toSorted(), Object.keys(RUN).toSorted());
   for (const [command, how] of Object.entries(RUN)) {
     if (how === 'here') {

@@ -13,7 +13,8 @@ const say = (text: string): void => {
   write(`[${((performance.now() - started) / 1000).toFixed(1).padStart(6)} s] ${text}`);
 };
 
-const mebibytes = (bytes: number): string => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+/** All sizes here are whole ones of it, so that who compares two of them sees what they are. */
+const kibibytes = (bytes: number): string => `${bytes / 1024} KiB`;
 const seconds = (ms: number): string => `${(ms / 1000).toFixed(1)} s`;
 
 function diskTable({ disks }: ScenarioReport): string {
@@ -24,12 +25,12 @@ function diskTable({ disks }: ScenarioReport): string {
   for (const disk of disks) {
     table.push([
       disk.name,
-      mebibytes(disk.sizeBytes),
-      mebibytes(disk.fullBytes),
+      kibibytes(disk.sizeBytes),
+      kibibytes(disk.fullBytes),
       seconds(disk.fullMs),
-      mebibytes(disk.incrementalBytes),
+      kibibytes(disk.incrementalBytes),
       seconds(disk.incrementalMs),
-      mebibytes(disk.changedBytes),
+      kibibytes(disk.changedBytes),
     ]);
   }
   return table.toString();

@@ -4,16 +4,13 @@
 // depend on this machine; latencies are taken side by side with dm-snapshot, on
 // the same disks in the same guest, and only their ratios mean anything.
 //
-//   node dist/test/bench/module/run.js [--kernel 6.1]... [--part instructions|latencies]
-//       [--json FILE] [--docs]
-//
-// --docs writes the tables into docs/benchmarks.md.
+// `npm run bench:module -- --help` shows how to measure less.
 
 import { execFileSync } from 'node:child_process';
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import process from 'node:process';
-import { parseArgs } from 'node:util';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import { buildTool, Conversation } from '../../kernels/world.ts';
 import { checkout, type KernelName, kernelNames, stockKernel } from '../../vm/checkout.ts';
 import type { GuestCommand } from '../../vm/command.ts';
@@ -27,7 +24,6 @@ const firstCount = 1024;
 const diskBytes = 128 * MiB;
 const limitMs = 600_000;
 const accessesProgram = join(checkout, 'build/bench/accesses');
-const rounds = 3;
 
 /** dm-snapshot with the chunk of LVM's default, and with that of Stillblock's copying. */
 const roles = ['plain', 'stillblock', 'dm4', 'dm16'] as const;
@@ -75,6 +71,56 @@ interface Timed {
   /** One for each round. */
   readonly latencies: readonly Latencies[];
 }
+
+function number(text: string): number {
+  const value = Number(text);
+  if (!Number.isSafeInteger(value) || value < 1) throw new InvalidArgumentError('a whole number');
+  return value;
+}
+
+function addTo<T extends string>(names: readonly T[]): (text: string, earlier?: T[]) => T[] {
+  return (text, earlier = []) => {
+    const name = names.find((each) => each === text);
+    if (name === undefined) throw new InvalidArgumentError(`one of ${names.join(', ')}`);
+    return [...earlier, name];
+  };
+}
+
+interface Options {
+  readonly kernel?: readonly KernelName[];
+  readonly part?: readonly Kind[];
+  /** Without it each measurement has as many as suits it. */
+  readonly rounds?: number;
+  readonly json?: string;
+  readonly docs: boolean;
+}
+
+const values = new Command('bench:module')
+  .description('measures what tracking and copy-on-write cost in guests, and prints tables')
+  .addOption(
+    new Option(
+      '--kernel <name>',
+      `${kernelNames.join(', ')}; may be repeated (default: 6.1)`,
+    ).argParser(addTo(kernelNames)),
+  )
+  .addOption(
+    new Option('--part <name>', `${kinds.join(', ')}; may be repeated (default: both)`).argParser(
+      addTo(kinds),
+    ),
+  )
+  .option(
+    '--rounds <count>',
+    'of each measurement (default: 3 of instructions, whose median leaves out what the first does besides; 4 of latencies, for each disk in each role)',
+    number,
+  )
+  .option('--json <file>', 'writes what was measured there')
+  .option('--docs', 'writes the tables into docs/benchmarks.md', false)
+  .parse()
+  .opts<Options>();
+/** Passes whose median is taken. */
+const instructionRounds = values.rounds ?? 3;
+/** In as many as there are roles each of them is on each disk once. */
+const latencyRounds = values.rounds ?? roles.length;
 
 const say = (text: string): void => {
   process.stderr.write(`${text}\n`);
@@ -264,8 +310,8 @@ async function measureLatencies(kernel: KernelName): Promise<Latencies[]> {
     await guest.loadModule();
     const module = new Conversation(guest, ioctls);
     const all: Latencies[] = [];
-    for (let round = 0; round < roles.length; round += 1) {
-      say(`${kernel}: round ${round + 1} of ${roles.length}`);
+    for (let round = 0; round < latencyRounds; round += 1) {
+      say(`${kernel}: round ${round + 1} of ${latencyRounds}`);
       all.push(await holdRound(guest, module, nodes.slice(0, 4), nodes.slice(4, 6), round));
     }
     await module.end();
@@ -293,7 +339,7 @@ async function measureInstructions(kernel: KernelName): Promise<Instructions> {
     // The first pass allocates null_blk's pages.
     const per = async (): Promise<number> => {
       const passes: number[] = [];
-      for (let round = 1; round <= rounds; round += 1) {
+      for (let round = 1; round <= instructionRounds; round += 1) {
         passes.push(await write(round));
       }
       return median(passes);
@@ -405,20 +451,6 @@ function intoDocs(part: Kind, text: string): void {
   writeFileSync(path, `${docs.slice(0, before)}${begin}\n${text}\n${docs.slice(after)}`);
 }
 
-const { values } = parseArgs({
-  options: {
-    kernel: { type: 'string', multiple: true, default: ['6.1'] },
-    part: { type: 'string', multiple: true, default: [...kinds] },
-    json: { type: 'string' },
-    docs: { type: 'boolean', default: false },
-  },
-});
-const kernels = kernelNames.filter((name) => values.kernel.includes(name));
-if (kernels.length !== values.kernel.length) {
-  throw new Error(`--kernel is one of ${kernelNames.join(', ')}`);
-}
-const chosen = kinds.filter((name) => values.part.includes(name));
-if (chosen.length !== values.part.length) throw new Error(`--part is one of ${kinds.join(', ')}`);
 mkdirSync(join(checkout, 'build/bench'), { recursive: true });
 execFileSync('gcc-12', [
   '-O2',
@@ -429,6 +461,8 @@ execFileSync('gcc-12', [
   accessesProgram,
   join(checkout, 'test/bench/module/accesses.c'),
 ]);
+const kernels = kernelNames.filter((name) => (values.kernel ?? ['6.1']).includes(name));
+const chosen = kinds.filter((name) => (values.part ?? kinds).includes(name));
 const counted: Counted[] = [];
 const timed: Timed[] = [];
 for (const kernel of kernels) {

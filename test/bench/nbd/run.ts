@@ -3,10 +3,9 @@
  * Compares NBD servers: each workload with each server in turn, in each repetition, each
  * server started anew.
  *
- *     npm run bench:nbd                          prints the tables
- *     npm run bench:nbd -- --docs                writes them into docs/, with JSON and a picture
- *     npm run bench:nbd -- --only random,tls     workloads that contain one of these words
- *     npm run bench:nbd -- --servers native,nbdkit --repetitions 1
+ *     npm run bench:nbd                  prints the tables
+ *     npm run bench:nbd -- --docs        writes them into docs/, with JSON and a picture
+ *     npm run bench:nbd -- --help        fewer workloads and servers, less of each
  *
  * It needs nbdkit, qemu-nbd, nbd-server, nbdcopy, fio and openssl; root for the block device.
  * Nothing else should run meanwhile.
@@ -16,8 +15,8 @@ import { closeSync, createReadStream, openSync, writeSync } from 'node:fs';
 import { mkdtemp, open, readFile, rm, writeFile } from 'node:fs/promises';
 import { cpus, totalmem } from 'node:os';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
+import { Command, InvalidArgumentError } from 'commander';
+import { checkout } from '../../vm/checkout.ts';
 import { markdown, type Report, svg } from './report.ts';
 import { allServers, RunningServer, type ServerKind, servesTls } from './servers.ts';
 import { type Figures, type Setting, WORKLOADS, type Workload } from './workloads.ts';
@@ -25,7 +24,6 @@ import { type Figures, type Setting, WORKLOADS, type Workload } from './workload
 const MIB = 1 << 20;
 const GIB = 2 ** 30;
 const TIB = 2 ** 40;
-const DOCS = fileURLToPath(new URL('../../../../docs/', import.meta.url));
 /** The largest file that ext4 holds. */
 const HUGE_BYTES = 16 * TIB - 4096;
 
@@ -170,8 +168,8 @@ function machine(): Record<string, string> {
 }
 
 /** Rows that were not measured this time stay as they are in the documentation. */
-async function withOlderRows(report: Report): Promise<Report> {
-  const old: Report = JSON.parse(await readFile(join(DOCS, 'benchmarks-nbd.json'), 'utf8'));
+async function withOlderRows(report: Report, docs: string): Promise<Report> {
+  const old: Report = JSON.parse(await readFile(join(docs, 'benchmarks-nbd.json'), 'utf8'));
   return {
     ...report,
     medians: { ...old.medians, ...report.medians },
@@ -179,10 +177,10 @@ async function withOlderRows(report: Report): Promise<Report> {
   };
 }
 
-async function intoDocs(report: Report): Promise<void> {
-  await writeFile(join(DOCS, 'benchmarks-nbd.json'), `${JSON.stringify(report, null, 1)}\n`);
-  await writeFile(join(DOCS, 'benchmarks-nbd.svg'), svg(report));
-  const path = join(DOCS, 'benchmarks.md');
+async function intoDocs(report: Report, docs: string): Promise<void> {
+  await writeFile(join(docs, 'benchmarks-nbd.json'), `${JSON.stringify(report, null, 1)}\n`);
+  await writeFile(join(docs, 'benchmarks-nbd.svg'), svg(report));
+  const path = join(docs, 'benchmarks.md');
   const [begin, end] = ['<!-- bench:nbd begins -->', '<!-- bench:nbd ends -->'];
   const text = await readFile(path, 'utf8');
   const [before, after] = [text.indexOf(begin), text.indexOf(end)];
@@ -193,17 +191,37 @@ async function intoDocs(report: Report): Promise<void> {
   await writeFile(path, text.slice(0, before) + tables + text.slice(after));
 }
 
-const { values } = parseArgs({
-  options: {
-    docs: { type: 'boolean', default: false },
-    only: { type: 'string', default: '' },
-    servers: { type: 'string', default: '' },
-    repetitions: { type: 'string', default: '3' },
-    seconds: { type: 'string', default: '2' },
-    mebibytes: { type: 'string', default: '2048' },
-    output: { type: 'string' },
-  },
-});
+function positive(text: string): number {
+  const value = Number(text);
+  if (!(value > 0)) {
+    throw new InvalidArgumentError('a number above 0');
+  }
+  return value;
+}
+
+interface Options {
+  readonly docs: boolean;
+  readonly docsFolder: string;
+  readonly only: string;
+  readonly servers: string;
+  readonly repetitions: number;
+  readonly seconds: number;
+  readonly mebibytes: number;
+  readonly output?: string;
+}
+
+const values = new Command('bench:nbd')
+  .description('compares NBD servers, and prints tables')
+  .option('--docs', 'writes the tables into docs/, with JSON and a picture', false)
+  .option('--docs-folder <folder>', 'has --docs write there instead', join(checkout, 'docs'))
+  .option('--only <words>', 'workloads that contain one of these words, such as random,tls', '')
+  .option('--servers <words>', 'servers that contain one of these words', '')
+  .option('--repetitions <count>', 'of each workload with each server', positive, 3)
+  .option('--seconds <count>', 'how long random reads go on', positive, 2)
+  .option('--mebibytes <count>', 'data that is copied', positive, 2048)
+  .option('--output <path>', 'writes PATH.json and PATH.svg as well')
+  .parse()
+  .opts<Options>();
 const chosen = (name: string, words: string): boolean =>
   words === '' || words.split(',').some((word) => name.includes(word));
 const servers = (await allServers()).filter(({ id }) => chosen(id, values.servers));
@@ -214,8 +232,8 @@ const samples: Record<string, Record<string, Figures[]>> = {};
 let setting: Setting | undefined;
 try {
   say('making data');
-  setting = await makeSetting(home, Number(values.mebibytes) * MIB, Number(values.seconds));
-  for (let repetition = 1; repetition <= Number(values.repetitions); repetition += 1) {
+  setting = await makeSetting(home, values.mebibytes * MIB, values.seconds);
+  for (let repetition = 1; repetition <= values.repetitions; repetition += 1) {
     for (const workload of workloads) {
       for (const kind of servers) {
         if (kind.ours && !tls && workload.id.startsWith('tls')) {
@@ -242,7 +260,7 @@ try {
 }
 const report: Report = {
   machine: machine(),
-  repetitions: Number(values.repetitions),
+  repetitions: values.repetitions,
   servers: servers.map(({ id, label, ours }) => ({ id, label, ours })),
   medians: Object.fromEntries(
     Object.entries(samples).map(([workload, byServer]) => [
@@ -260,5 +278,6 @@ if (values.output !== undefined) {
   await writeFile(`${values.output}.svg`, svg(report));
 }
 if (values.docs) {
-  await intoDocs(values.only === '' ? report : await withOlderRows(report));
+  const { docsFolder, only } = values;
+  await intoDocs(only === '' ? report : await withOlderRows(report, docsFolder), docsFolder);
 }
