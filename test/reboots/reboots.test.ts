@@ -8,6 +8,7 @@ import { testKernel } from '../vm/checkout.ts';
 import {
   badPlaces,
   begin,
+  type Cut,
   cleanReboots,
   dracutImage,
   foreignWrite,
@@ -16,23 +17,25 @@ import {
   hangingPlace,
   kills,
   lateDisk,
+  measureSpans,
   movedDisk,
   oldInitramfs,
   randomCuts,
+  type Spans,
   systemdReboot,
-  workMs,
 } from '../vm/reboot-proofs.ts';
 
 const limitMs = 120 * 60_000;
 const firstSeed = Number(process.env['STILLBLOCK_TEST_SEED'] ?? 1);
-let spanMs: number | undefined;
+let spans: Spans | undefined;
 /** Five power cuts at random moments. */
 const cutsFrom =
-  (from: number) =>
+  (from: number, since: Cut['since'] = 'tracked') =>
   async (t: ExecutionContext, at: Booted): Promise<void> => {
-    spanMs ??= await workMs(t, at);
+    spans ??= await measureSpans(t, at);
     const seeds = Array.from({ length: 5 }, (_, index) => firstSeed + from + index);
-    await kills(t, at, randomCuts(spanMs, seeds));
+    const full = await kills(t, at, randomCuts(spans, since, seeds));
+    if (since === 'tracked') t.is(full, seeds.length);
   };
 
 let world: Booted;
@@ -62,6 +65,7 @@ const proofs: Readonly<Record<string, (t: ExecutionContext, at: Booted) => Promi
   'power cuts, the second five': cutsFrom(5),
   'power cuts, the third five': cutsFrom(10),
   'power cuts, the last five': cutsFrom(15),
+  'power cuts while it ends': cutsFrom(20, 'end'),
 };
 
 for (const [what, proof] of Object.entries(proofs)) {

@@ -29,6 +29,8 @@ const workloadMs = 4_000;
 const planPath = '/var/lib/stillblock/boot-plan';
 /** The kernel's own word, before anything is tracked. */
 const loading = 'stillblock: loading';
+/** What the module says of a disk that it tracks: the hook attaches the root first. */
+const firstTracked = 'stillblock: vda: tracked';
 
 /** Each history was taken up, and is the one that the copies are of. */
 function assertTakenUp(t: ExecutionContext, world: Booted, seen: Each<Seen>, what: string): void {
@@ -148,44 +150,18 @@ export async function movedDisk(t: ExecutionContext, world: Booted): Promise<voi
   });
 }
 
-interface Killed {
-  readonly console: string;
-  /** The end had been asked for. */
-  readonly ending: boolean;
-}
-
-/** When QEMU is killed: so long after a word of the console. */
+/**
+ * When QEMU is killed: so long after the first device was tracked, and before the end is asked
+ * for; or so long after that.
+ */
 export interface Cut {
   readonly what: string;
-  readonly word: string;
+  readonly since: 'tracked' | 'end';
   readonly afterMs: number;
 }
 
-/** Boots, works and ends; QEMU is killed at some moment of that. */
-async function workUntil(world: Booted, kill?: Cut): Promise<Killed> {
-  let boot: Boot;
-  try {
-    boot = await world.boot(kill === undefined ? {} : { kill });
-  } catch (error) {
-    if (kill === undefined || !(error instanceof GuestFailure)) throw error;
-    return { console: error.console, ending: false };
-  }
-  let ending = false;
-  const work = async (): Promise<void> => {
-    await boot.settle();
-    await boot.write('killed', 64);
-    boot.startWorkload();
-    await delay(workloadMs);
-    ending = true;
-    await boot.reboot();
-  };
-  await work().catch((error: unknown) => {
-    // QEMU ends in the middle of it, or has ended by itself.
-    if (kill === undefined) throw error;
-  });
-  await boot.guest.ended;
-  return { console: boot.guest.console(), ending };
-}
+/** How long the parts are that cuts are in, milliseconds. */
+export type Spans = Readonly<Record<Cut['since'], number>>;
 
 /** When the kernel has said what matches, in seconds since its start. */
 function stamps(console: string, what: RegExp): number[] {
@@ -196,71 +172,93 @@ function stamps(console: string, what: RegExp): number[] {
   });
 }
 
-/** @returns how long it is from the module's load to the end of a boot, milliseconds */
-export async function workMs(t: ExecutionContext, world: Booted): Promise<number> {
-  const restore = await world.saveDisks();
-  const { console } = await workUntil(world);
-  await restore();
-  const [loaded = Number.NaN] = stamps(console, new RegExp(loading));
-  const spanMs = 1000 * ((stamps(console, /./).at(-1) ?? Number.NaN) - loaded);
-  t.log(`from the module's load to the end: ${spanMs.toFixed(0)} ms`);
-  t.true(spanMs > 0);
-  return Math.round(spanMs);
+/** Boots, works and ends; QEMU is killed at some moment of that. */
+async function workUntil(world: Booted, cut?: Cut): Promise<Spans> {
+  const whileAtWork =
+    cut?.since === 'tracked' ? { kill: { word: firstTracked, afterMs: cut.afterMs } } : {};
+  const spans = { tracked: 0, end: 0 };
+  let guest: Guest | undefined;
+  const work = async (): Promise<void> => {
+    const boot = await world.boot(whileAtWork);
+    guest = boot.guest;
+    await boot.settle();
+    await boot.write('killed', 64);
+    boot.startWorkload();
+    await delay(workloadMs);
+    const { stdout } = await guest.run('cut -d" " -f1 /proc/uptime');
+    // What was to come before the end comes now at the latest.
+    if (cut?.since === 'tracked') await guest.kill();
+    if (cut?.since === 'end') setTimeout(() => void boot.guest.kill(), cut.afterMs);
+    await boot.reboot();
+    const [first = Number.NaN] = stamps(guest.console(), new RegExp(firstTracked));
+    spans.tracked = 1000 * (Number(stdout) - first);
+    spans.end = 1000 * ((stamps(guest.console(), /./).at(-1) ?? Number.NaN) - Number(stdout));
+  };
+  try {
+    await work();
+  } catch (error) {
+    // QEMU ends in the middle of it, or has ended by itself.
+    if (cut === undefined || (guest === undefined && !(error instanceof GuestFailure))) throw error;
+  }
+  await guest?.ended;
+  return spans;
 }
 
-/** @returns random moments between the module's load and the end of a boot, one per seed */
-export function randomCuts(spanMs: number, seeds: readonly number[]): Cut[] {
+/** @returns how long a boot is at work, and how long it takes to end */
+export async function measureSpans(t: ExecutionContext, world: Booted): Promise<Spans> {
+  const restore = await world.saveDisks();
+  const spans = await workUntil(world);
+  await restore();
+  const { tracked: work, end } = spans;
+  t.log(
+    `tracked for ${work.toFixed(0)} ms until the end was asked for, ${end.toFixed(0)} from there`,
+  );
+  t.true(work > 0 && end > 0);
+  return spans;
+}
+
+/** @returns random moments of a part, one per seed */
+export function randomCuts(spans: Spans, since: Cut['since'], seeds: readonly number[]): Cut[] {
   return seeds.map((seed) => ({
     what: `seed ${seed}`,
-    word: loading,
-    afterMs: new Random(seed).below(spanMs),
+    since,
+    afterMs: new Random(seed).below(Math.round(spans[since])),
   }));
 }
 
-/** What the module has said. */
-const ourLines = (console: string): string =>
-  console
-    .split('\n')
-    .filter((line) => line.includes('stillblock: '))
-    .join('\n');
-
 /**
- * Power cuts, each from the same clean state: a full copy is required, unless nothing was
- * tracked yet or all was saved.
+ * Power cuts, each from the same clean state: a full copy of both disks is required, or all had
+ * been saved, and what is taken up is right.
  *
- * @returns how often a full copy of each disk was required
+ * @returns how often a full copy was required
  */
 export async function kills(
   t: ExecutionContext,
   world: Booted,
   cuts: readonly Cut[],
-): Promise<Each<number>> {
-  const full = { root: 0, data: 0 };
+): Promise<number> {
+  let full = 0;
   const restore = await world.saveDisks();
   for (const cut of cuts) {
-    const { console, ending } = await workUntil(world, cut);
+    await workUntil(world, cut);
     const boot = await world.boot();
     const seen = await boot.seen();
-    const isTracked = (index: number): boolean =>
-      console.includes(`stillblock: ${['vda', 'vdb'][index]}: tracked`);
-    // Both are in one place, which had been set when the first of them was tracked.
-    const inUse = isTracked(0) || isTracked(1);
+    const { takenUp } = seen.root;
+    const when = cut.since === 'tracked' ? 'at work' : 'at the end';
+    const what = `${cut.what}, killed ${when} after ${cut.afterMs} ms`;
+    t.log(`${what}: ${takenUp ? 'taken up' : `full, reason ${seen.root.began}`}`);
+    if (cut.since === 'tracked') t.false(takenUp, what);
     for (const name of tracked) {
-      const { takenUp, generation, began } = seen[name];
-      const what = `${cut.what}, killed after ${cut.afterMs} ms: ${name}`;
-      const was = inUse ? (ending ? 'ending' : 'tracked') : 'not tracked yet';
-      t.log(`${what}: ${was}: ${takenUp ? 'taken up' : `full, reason ${began}`}`);
-      if (inUse && !ending) t.false(takenUp, `${what}\n${ourLines(console)}`);
-      t.is(generation === world.point(name)?.generation, takenUp, what);
-      if (!takenUp) {
-        full[name] += 1;
-        t.is(began, history.notSaved, what);
-      }
+      // They are kept in one place, and saved together.
+      t.is(seen[name].takenUp, takenUp, what);
+      t.is(seen[name].generation === world.point(name)?.generation, takenUp, what);
+      if (!takenUp) t.is(seen[name].began, history.notSaved, what);
     }
-    t.is(seen.root.takenUp, seen.data.takenUp, cut.what);
-    if (seen.root.takenUp) {
+    if (takenUp) {
       await boot.settle();
       await boot.checkpoint();
+    } else {
+      full += 1;
     }
     await boot.guest.kill();
     await restore();
