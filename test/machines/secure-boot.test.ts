@@ -14,20 +14,25 @@ const MiB = 1 << 20;
 const password = 'only once';
 const down = '\x1b[B';
 
-/** What shim's MokManager shows, the last of each screen, and what is typed then. */
+/**
+ * What shim's MokManager shows, the last of each screen, and what is typed then. It draws a menu
+ * again for each key, so what is waited for is not on the screen before.
+ */
 const dialogue: readonly (readonly [shown: RegExp, typed: string])[] = [
   [/Press any key to perform MOK management/, ' '],
   [/Enroll hash from disk/, `${down}\r`],
-  [/Continue/, `${down}\r`],
-  [/Yes/, `${down}\r`],
+  [/View key 0[\s\S]*Continue/, `${down}\r`],
+  [/Enroll the key\(s\)\?[\s\S]*Yes/, `${down}\r`],
   [/Password:/, `${password}\r`],
   [/Reboot/, '\r'],
 ];
+/** The first comes after the firmware, in a minute. */
+const screenLimitMs = 10 * 60_000;
 
 async function enroll(machine: Machine): Promise<void> {
   let from = machine.console().length;
   for (const [shown, typed] of dialogue) {
-    await machine.waitForConsole(shown, limitMs, from);
+    await machine.waitForConsole(shown, screenLimitMs, from);
     from = machine.console().length;
     machine.type(typed);
   }
