@@ -46,8 +46,8 @@ in_tree() { chroot "$tree" env DEBIAN_FRONTEND=noninteractive "$@"; }
 
 bootstrap() {
     local suite=$1 list
-    # Debian 13 has a Node that is new enough.
-    [ "$suite" = bookworm ] || packages+=(nodejs)
+    # Debian 13 has a Node that is new enough; and boots by a signed boot loader, for Secure Boot.
+    [ "$suite" = bookworm ] || packages+=(nodejs shim-signed grub-efi-amd64-signed)
     list=$(IFS=,; echo "${packages[*]}")
     debian_tree "a Debian $suite" "$suite" "$list" "$tree"
     # What gets old, and what nobody reads there.

@@ -10,22 +10,35 @@ import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { execPath } from 'node:process';
-import { createInterface } from 'node:readline';
 import test, { type ExecutionContext } from 'ava';
+import { commandsOf, Page } from '../pages.ts';
 import { checkout } from '../vm/checkout.ts';
 import { makeSparseFile, runTool, type ToolResult } from '../vm/host.ts';
-import { inspect } from '../vm/inspection.ts';
+import { guestfsEnvironment, inspect } from '../vm/inspection.ts';
 import { Machine } from '../vm/machine.ts';
 import { lastRecord } from '../vm/records.ts';
-import { install, limitMs, packagesDisk, type Recipe, remove, sign } from './installation.ts';
+import {
+  buildByHand,
+  install,
+  limitMs,
+  packagesDisk,
+  type Recipe,
+  remove,
+  sign,
+} from './installation.ts';
 
 const MiB = 1 << 20;
 const rootBytes = 2048 * MiB;
+/** Of the root's partition: see scripts/machine.sh. */
+const rootStartBytes = 50 * MiB;
 const dataBytes = 256 * MiB;
 const records = ['/var/records', '/srv/records'];
 
-interface Serving {
-  readonly disks: readonly { readonly disk: string; readonly port: number }[];
+interface Conversion {
+  readonly firmware: 'bios' | 'uefi';
+  /** How to get to the machine, for `stillblock p2v`. */
+  readonly from: readonly string[];
+  readonly whole: boolean;
 }
 
 interface Manifest {
@@ -109,40 +122,116 @@ async function written(machine: Machine): Promise<number> {
   return Number((await machine.run(`wc -l <${records[0]}`)).stdout);
 }
 
-/** Offers the running machine by p2v: virt-v2v reads the source, libguestfs looks into it. */
+/** That all disks hold what was written until some moment between two others. */
+function assertInstant(
+  t: ExecutionContext,
+  lasts: readonly number[],
+  { before, after }: { readonly before: number; readonly after: number },
+): void {
+  const [one = 0, two = 0] = lasts;
+  t.true(one >= before && one <= after, `${before} <= ${one} <= ${after}`);
+  t.true(one === two || one === two + 1, `${one} and ${two} are of one instant`);
+  t.log(`records ${before} <= ${one}, ${two} <= ${after}`);
+}
+
+/**
+ * The commands of docs/p2v.md, with what differs here in its place.
+ * @param folder where they read and write.
+ * @param from how to get to the machine.
+ */
+async function conversionCommands(
+  folder: string,
+  from: readonly string[],
+): Promise<readonly string[]> {
+  const page = await Page.open('docs/p2v.md', import.meta.url);
+  return commandsOf(page.take('virt-v2v')).map((line) =>
+    line
+      .replace(/^stillblock/, `exec ${execPath} ${join(checkout, 'dist/src/cli.js')}`)
+      .replace(/ web1$/, ` ${from.join(' ')}`)
+      .replace('web1.xml', join(folder, 'web1.xml'))
+      .replace('/var/tmp', folder),
+  );
+}
+
+/**
+ * Looks at the machine that virt-v2v has written, which has its host name.
+ * @returns for each disk its last record.
+ */
+async function checkConverted(t: ExecutionContext, folder: string): Promise<number[]> {
+  const root = join(folder, 'machine-sda');
+  const data = join(folder, 'machine-sdb');
+  const xml = join(folder, 'machine.xml');
+  await runTool('xmllint', ['--noout', xml]);
+  const domain = await readFile(xml, 'utf8');
+  t.regex(domain, /<name>machine<\/name>/);
+  t.notRegex(domain, /firmware=|<loader/);
+  const disks = [...domain.matchAll(/<source file=['"]([^'"]+)['"]/g)].map(([, file]) => file);
+  t.deepEqual(disks, [root, data]);
+  t.deepEqual(domain.match(/<target dev=['"]vd[ab]['"] bus=['"]virtio['"]/g)?.length, 2);
+  const lasts: number[] = [];
+  const systems = [
+    { file: root, sizeBytes: rootBytes, start: rootStartBytes, name: records[0] },
+    { file: data, sizeBytes: dataBytes, start: 0, name: '/records' },
+  ];
+  for (const { file, sizeBytes, start, name } of systems) {
+    const info = await runTool('qemu-img', ['info', '--output=json', file]);
+    const { format, 'virtual-size': size } = JSON.parse(info.stdout) as Record<string, unknown>;
+    t.deepEqual([format, size], ['raw', sizeBytes]);
+    const system = `${file}?offset=${start}`;
+    await runTool('e2fsck', ['-fn', system]);
+    lasts.push(lastRecord((await runTool('debugfs', ['-R', `cat ${name}`, system])).stdout));
+  }
+  return lasts;
+}
+
+/**
+ * Offers the running machine by p2v. virt-v2v reads the source, and converts all of it; or, which
+ * is sooner done, libguestfs looks into the root disk.
+ * @returns for each disk that was written its last record.
+ */
 async function convert(
   t: ExecutionContext,
   machine: Machine,
   folder: string,
-  { firmware, from }: { readonly firmware: string; readonly from: readonly string[] },
-): Promise<void> {
-  const xml = join(folder, 'p2v.xml');
-  const words = [join(checkout, 'dist/src/cli.js'), 'p2v', '--json', '--xml', xml, ...from];
-  const program = spawn(execPath, words, { stdio: ['ignore', 'pipe', 'inherit'] });
+  { firmware, from, whole }: Conversion,
+): Promise<number[]> {
+  const output = join(folder, 'converted');
+  await mkdir(output);
+  const [offer = '', conversion = ''] = await conversionCommands(output, from);
+  const program = spawn('bash', ['-c', offer], { stdio: ['ignore', 'pipe', 'inherit'] });
   const ended = once(program, 'close') as Promise<[code: number | null]>;
+  let said = '';
+  const offered = new Promise<void>((resolve) => {
+    program.stdout.setEncoding('utf8').on('data', (text: string) => {
+      said += text;
+      if (said.includes('Ctrl-C ends it.\n')) resolve();
+    });
+  });
   try {
-    const lines = createInterface(program.stdout);
-    const first = once(lines, 'line') as Promise<[line: string]>;
-    const [line] = await Promise.race([first, ended.then(() => ['{"disks":[]}'] as const)]);
-    const port = (JSON.parse(line) as Serving).disks.find(({ disk }) => disk === 'root')?.port ?? 0;
+    await Promise.race([offered, ended]);
     t.regex(
       (await machine.run('ls -d /dev/disk/by-snapshot/*/*')).stdout,
       /^(\/dev\/disk\/by-snapshot\/p2v-[^/]+)\/data\n\1\/root\n$/,
     );
+    const xml = join(output, 'web1.xml');
     const source = await runTool('virt-v2v', ['-i', 'libvirtxml', xml, '--print-source']);
     t.regex(source.stdout, /source name: machine$/m);
     t.is(/firmware: uefi$/m.test(source.stdout), firmware === 'uefi');
-    const found = await inspect(port, '/dev/sda3');
+    if (whole) {
+      const words = [...guestfsEnvironment(output), 'bash', '-c', conversion];
+      await runTool('env', words, { timeoutMs: limitMs });
+      return await checkConverted(t, output);
+    }
+    const [, port] = /host name="localhost" port="(\d+)"/.exec(said) ?? [];
+    const found = await inspect(Number(port), '/dev/sda3');
     t.regex(found, /^\/dev\/sda3\nlinux\ndebian\n.*\nmachine\ndeb\n/);
     t.regex(found, /^\/boot\/efi: \/dev\/sda2$/m);
     t.regex(found, /app2_name: stillblock-dkms$/m);
+    return [];
   } finally {
     program.kill('SIGTERM');
-    // Whatever fails above, its pipe is read to its end: nothing of it is left open.
-    program.stdout.resume();
-    await ended;
+    t.deepEqual(await ended, [0, null]);
   }
-  t.is((await ended)[0], 0);
 }
 
 async function journey(t: ExecutionContext, recipe: Recipe): Promise<void> {
@@ -169,6 +258,10 @@ async function journey(t: ExecutionContext, recipe: Recipe): Promise<void> {
     machine = await Machine.make({ name, firmware, disks, ports });
     await machine.powerOn();
     done('boot');
+    if (name === 'bookworm') {
+      await buildByHand(t, machine);
+      done('module built by DKMS in the machine, loaded, removed');
+    }
     await install(machine, recipe);
     done('packages installed');
     const state = await machine.run(
@@ -230,16 +323,18 @@ async function journey(t: ExecutionContext, recipe: Recipe): Promise<void> {
     for (const file of records) {
       lasts.push(lastRecord((await restored.run(`cat ${file}`)).stdout));
     }
-    const [one = 0, two = 0] = lasts;
-    t.true(one >= before && one <= after, `${before} <= ${one} <= ${after}`);
-    t.true(one === two || one === two + 1, `${one} and ${two} are of one instant`);
-    t.log(`records ${before} <= ${one}, ${two} <= ${after}`);
+    assertInstant(t, lasts, { before, after });
     await restored.powerOff();
     restored.assertCleanConsole();
     done('records read, power off');
 
-    await convert(t, machine, folder, { firmware, from: pull.slice(2) });
-    done('offered by p2v: inspected by libguestfs');
+    const whole = name === 'bookworm';
+    const offeredAfter = await written(machine);
+    const converted = await convert(t, machine, folder, { firmware, from: pull.slice(2), whole });
+    done(`offered by p2v: ${whole ? 'converted by virt-v2v' : 'inspected by libguestfs'}`);
+    if (whole) {
+      assertInstant(t, converted, { before: offeredAfter, after: await written(machine) });
+    }
 
     await remove(t, machine, recipe);
     done('packages removed');

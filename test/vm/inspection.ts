@@ -18,6 +18,20 @@ export function guestfish(port: number): string[] {
 }
 
 /**
+ * The environment of libguestfs's tools for the appliance.
+ * @param folder where they keep what is large.
+ */
+export function guestfsEnvironment(folder: string): string[] {
+  return [
+    `LIBGUESTFS_PATH=${join(cacheFolder, 'appliance')}`,
+    ...['LIBGUESTFS_BACKEND=direct', 'LIBGUESTFS_BACKEND_SETTINGS=force_tcg'],
+    ...['LIBGUESTFS_MEMSIZE=384', `LIBGUESTFS_CACHEDIR=${folder}`],
+    // What is dear for an emulated processor: see test/vm/guest.ts.
+    'LIBGUESTFS_APPEND=nokaslr mitigations=off no5lvl clearcpuid=112,297',
+  ];
+}
+
+/**
  * Has libguestfs inspect the disk that is the default export of a port of localhost.
  * @param root its root file system, as libguestfs names it: /dev/sda1.
  * @returns the roots that it finds, a line each, and then a line for each property of the one,
@@ -25,13 +39,6 @@ export function guestfish(port: number): string[] {
  */
 export async function inspect(port: number, root: string): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'stillblock-guestfs-'));
-  const settings = [
-    `LIBGUESTFS_PATH=${join(cacheFolder, 'appliance')}`,
-    ...['LIBGUESTFS_BACKEND=direct', 'LIBGUESTFS_BACKEND_SETTINGS=force_tcg'],
-    ...['LIBGUESTFS_MEMSIZE=384', `LIBGUESTFS_CACHEDIR=${folder}`],
-    // What is dear for an emulated processor: see test/vm/guest.ts.
-    'LIBGUESTFS_APPEND=nokaslr mitigations=off no5lvl clearcpuid=112,297',
-  ];
   const commands = [
     ...['inspect-get-roots', ...properties.map((what) => `inspect-get-${what} ${root}`)],
     `inspect-list-applications2 ${root}`,
@@ -39,7 +46,9 @@ export async function inspect(port: number, root: string): Promise<string> {
   const words = commands.flatMap((command) => [':', ...command.split(' ')]).slice(1);
   try {
     const options = { timeoutMs: inspectionLimitMs };
-    return (await runTool('env', [...settings, ...guestfish(port), ...words], options)).stdout;
+    return (
+      await runTool('env', [...guestfsEnvironment(folder), ...guestfish(port), ...words], options)
+    ).stdout;
   } finally {
     await rm(folder, { recursive: true, force: true });
   }

@@ -23,6 +23,8 @@ import { Qmp } from './qmp.ts';
 export const machineNames = ['bookworm', 'trixie'] as const;
 export type MachineName = (typeof machineNames)[number];
 
+export type Firmware = 'bios' | 'uefi' | 'secure-boot';
+
 export interface MachineDisk {
   /** Its serial number, too: the disk is /dev/disk/by-id/virtio-NAME in the machine. */
   readonly name: string;
@@ -36,7 +38,7 @@ export interface MachineOptions {
   readonly name?: MachineName;
   /** The disk to boot from, a raw file of the caller's, which is written to. */
   readonly disk?: string;
-  readonly firmware?: 'bios' | 'uefi';
+  readonly firmware?: Firmware;
   /** Further disks, which come after the one to boot from. */
   readonly disks?: readonly MachineDisk[];
   /** Added to the kernel's command line. */
@@ -55,8 +57,22 @@ const execute = promisify(execFile);
 const bootLimitMs = 600_000;
 const endLimitMs = 300_000;
 const runLimitMs = 240_000;
-const uefiFirmware = '/usr/share/OVMF/OVMF_CODE.fd';
-const uefiVariables = '/usr/share/OVMF/OVMF_VARS.fd';
+const chips = ['-machine', 'pc'];
+/** By kind: its code and variables, as Debian's ovmf has them, and the machine for it. */
+const firmwares = {
+  bios: { machine: chips },
+  uefi: { code: 'OVMF_CODE.fd', variables: 'OVMF_VARS.fd', machine: chips },
+  // With Microsoft's keys, which Debian's shim is signed by. Only code in system management
+  // mode writes the variables, which needs the other chips.
+  'secure-boot': {
+    ...{ code: 'OVMF_CODE_4M.ms.fd', variables: 'OVMF_VARS_4M.ms.fd' },
+    machine: [
+      ...['-machine', 'q35,smm=on'],
+      ...['-global', 'driver=cfi.pflash01,property=secure,value=on'],
+    ],
+  },
+} as const;
+const firmwareFolder = '/usr/share/OVMF';
 
 /** The disk that copies are made of. */
 export function machineDisk(name: MachineName): string {
@@ -101,8 +117,10 @@ export class Machine {
           makeSparseFile(join(folder, name), sizeBytes);
         }
       }
-      if (options.firmware === 'uefi') {
-        writeFileSync(join(folder, 'variables'), await readFile(uefiVariables));
+      const firmware = firmwares[options.firmware ?? 'bios'];
+      if ('variables' in firmware) {
+        const variables = await readFile(join(firmwareFolder, firmware.variables));
+        writeFileSync(join(folder, 'variables'), variables);
       }
     } catch (error) {
       await machine.remove();
@@ -124,7 +142,8 @@ export class Machine {
   }
 
   #arguments(cmdline: string): string[] {
-    const { firmware, memoryMiB = 1024, cpus = 1, ports = [], disk, disks = [] } = this.#options;
+    const { memoryMiB = 1024, cpus = 1, ports = [], disk, disks = [] } = this.#options;
+    const firmware = firmwares[this.#options.firmware ?? 'bios'];
     const forwards = [
       `hostfwd=tcp:127.0.0.1:0-:${agentPort}`,
       ...ports.map((port) => `hostfwd=tcp:127.0.0.1:${port}-:${port}`),
@@ -134,7 +153,7 @@ export class Machine {
       ...disks.map(({ name }) => ({ name, driver: 'raw', filename: this.diskFile(name) })),
     ];
     return [
-      ...['-accel', 'tcg,thread=single', '-cpu', 'max', '-machine', 'pc', '-nodefaults'],
+      ...['-accel', 'tcg,thread=single', '-cpu', 'max', ...firmware.machine, '-nodefaults'],
       ...['-no-user-config', '-display', 'none', '-smp', String(cpus), '-m', String(memoryMiB)],
       ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
       ...['-chardev', 'socket,id=qmp,fd=3', '-mon', 'chardev=qmp,mode=control'],
@@ -142,9 +161,10 @@ export class Machine {
       ...['-device', 'virtio-net-pci,netdev=net,romfile=', '-device', 'virtio-rng-pci'],
       // What the boot loader adds to the command line: see scripts/machine.sh.
       ...['-smbios', `type=1,family=${cmdline.replaceAll(',', ',,')}`],
-      ...(firmware === 'uefi'
+      ...('code' in firmware
         ? [
-            ...['-drive', `if=pflash,format=raw,unit=0,readonly=on,file=${uefiFirmware}`],
+            '-drive',
+            `if=pflash,format=raw,unit=0,readonly=on,file=${join(firmwareFolder, firmware.code)}`,
             ...['-drive', `if=pflash,format=raw,unit=1,file=${join(this.#folder, 'variables')}`],
           ]
         : []),
@@ -177,7 +197,9 @@ export class Machine {
   switchOn(cmdline: string = this.#options.cmdline ?? ''): { readonly from: number } {
     if (this.#power !== undefined) throw new Error('the machine is switched on already');
     const program = ['--pdeathsig', 'KILL', 'qemu-system-x86_64', ...this.#arguments(cmdline)];
-    const qemu = spawn('setpriv', program, { stdio: ['ignore', 'pipe', 'pipe', 'pipe'] });
+    const qemu = spawn('setpriv', program, { stdio: ['pipe', 'pipe', 'pipe', 'pipe'] });
+    // What is typed when it has just ended is lost.
+    qemu.stdin?.on('error', () => {});
     qemu.stdout?.setEncoding('latin1').on('data', (text: string) => {
       this.#console += text;
       this.#changed();
@@ -293,10 +315,23 @@ export class Machine {
     if (code !== 0) throw new Error(`${to} cannot be written in the machine: ${stderr}`);
   }
 
-  /** Reboots it in the proper way, and waits for its agent. */
-  async reboot(): Promise<void> {
+  /** Types at its serial line, as at a terminal. */
+  type(keys: string): void {
+    this.#on().qemu.stdin?.write(keys, 'latin1');
+  }
+
+  /**
+   * Reboots it in the proper way, and waits for its agent.
+   * @param command that does it.
+   * @param meanwhile what is done at its console before it boots.
+   */
+  async reboot(
+    command = 'systemctl reboot',
+    meanwhile: () => Promise<void> = async () => {},
+  ): Promise<void> {
     const from = this.#console.length;
-    this.start('systemctl reboot');
+    this.start(command);
+    await meanwhile();
     await this.#agent(from);
   }
 
