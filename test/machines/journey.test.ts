@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import { execPath } from 'node:process';
 import { createInterface } from 'node:readline';
 import test, { type ExecutionContext } from 'ava';
+import { CLI } from '../program.ts';
 import { checkout } from '../vm/checkout.ts';
 import { makeSparseFile, runTool, type ToolResult } from '../vm/host.ts';
 import { inspect } from '../vm/inspection.ts';
@@ -67,7 +68,7 @@ async function makeCertificates(folder: string): Promise<void> {
 }
 
 const stillblock = (...words: readonly string[]): Promise<ToolResult> =>
-  runTool(execPath, [join(checkout, 'dist/src/cli.js'), ...words], { timeoutMs: limitMs });
+  runTool(execPath, [CLI, ...words], { timeoutMs: limitMs });
 
 async function configure(machine: Machine, certificates: string, ports: number[]): Promise<void> {
   const [nbd, api] = ports;
@@ -117,7 +118,7 @@ async function convert(
   { firmware, from }: { readonly firmware: string; readonly from: readonly string[] },
 ): Promise<void> {
   const xml = join(folder, 'p2v.xml');
-  const words = [join(checkout, 'dist/src/cli.js'), 'p2v', '--json', '--xml', xml, ...from];
+  const words = [CLI, 'p2v', '--json', '--xml', xml, ...from];
   const program = spawn(execPath, words, { stdio: ['ignore', 'pipe', 'inherit'] });
   const ended = once(program, 'close') as Promise<[code: number | null]>;
   try {
