@@ -12,8 +12,8 @@ export const CLI: string = join(checkout, 'dist/bundle/cli.cjs');
 /** @throws Error when a source has changed since the command was made */
 function assertNew(): void {
   const madeMs = statSync(CLI, { throwIfNoEntry: false })?.mtimeMs ?? 0;
-  for (const folder of ['src', 'nbd', 'src/commands', 'src/doctor']) {
-    for (const name of readdirSync(join(checkout, folder))) {
+  for (const folder of ['src', 'nbd']) {
+    for (const name of readdirSync(join(checkout, folder), { encoding: 'utf8', recursive: true })) {
       if (name.endsWith('.ts') && statSync(join(checkout, folder, name)).mtimeMs > madeMs) {
         throw new Error(`${CLI} is older than ${folder}/${name}: run npm run build`);
       }
