@@ -28,7 +28,7 @@ summary() {
 # forget_removed: what was compiled from sources that are gone must not be tested.
 forget_removed() {
     local file source
-    find dist -name '*.js' 2>/dev/null | while read -r file; do
+    find dist -path dist/bundle -prune -o -name '*.js' -print 2>/dev/null | while read -r file; do
         source=${file#dist/}
         [ -e "${source%.js}.ts" ] || rm -f "$file" "${file%.js}.d.ts" "$file.map"
     done

@@ -26,5 +26,6 @@ cd "$checkout"
 if errors=$(node_modules/.bin/tsc -p tsconfig.json | grep '^test/vm/'); then
     die "the harness does not compile: $errors"
 fi
+node scripts/bundle.mjs || say 'guest: stillblock is as it was: the sources do not compile'
 cd - >/dev/null
 exec node "$checkout/dist/test/vm/shell.js" "$@"

@@ -34,34 +34,19 @@ node_runtime() {
     tar -xzf "$file" -C "$1" --strip-components=2 package/bin/node
 }
 
-# production: the npm packages that the program needs, as folders below node_modules.
+# production: the npm packages that are in the bundle, as folders below node_modules.
 production() {
     npm ls --omit=dev --all --parseable | sed -n "s#^$checkout/node_modules/##p" | LC_ALL=C sort
 }
 
-# program DESTINATION: what runs, with the npm packages that it needs.
+# program DESTINATION: what runs, with the npm packages that it needs in it.
 program() {
     local to=$1
     mkdir -p "$to/build/native" "$to/dist"
     cp package.json "$to"
-    production | while read -r name; do
-        mkdir -p "$to/node_modules/$name"
-        tar -C "node_modules/$name" --exclude=./node_modules -c . | tar -C "$to/node_modules/$name" -x --no-same-owner
-    done
-    # What is for those who work on them, or for other programs.
-    find "$to/node_modules" -type f \( -name '*.map' -o -name '*.ts' -o -name '*.mts' -o -name '*.cts' -o -name '*.md' \
-        -o -name '*.html' -o -name '*.sh' -o -name '.*' \) -delete
-    find "$to/node_modules" -type d \( -name '.?*' -o -name test -o -name tests -o -name docs -o -name examples \
-        -o -name benchmarks -o -name benchmark -o -name integration \) -prune -exec rm -r {} +
-    find "$to/node_modules" -type d -empty -delete
-    find "$to/node_modules" -type f -exec chmod 644 {} +
-    # Each compiled file stands for a source that is there still.
-    local file source
-    (cd dist && find nbd src -name '*.js') | while read -r file; do
-        source=${file%.js}.ts
-        [ -e "$source" ] && install -D -m 644 "dist/$file" "$to/dist/$file"
-    done
-    chmod 755 "$to/dist/src/cli.js"
+    cp -r dist/bundle "$to/dist"
+    # The launcher knows which Node runs it.
+    chmod 644 "$to/dist/bundle/cli.cjs"
     cp build/native/stillblock.node "$to/build/native"
     cp build/native/stillblock-early "$to/stillblock-early"
 }
@@ -94,8 +79,8 @@ NODE
 # completions DESTINATION
 completions() {
     mkdir -p "$1/bash" "$1/zsh"
-    node dist/src/cli.js completion bash >"$1/bash/stillblock"
-    node dist/src/cli.js completion zsh >"$1/zsh/_stillblock"
+    node dist/bundle/cli.cjs completion bash >"$1/bash/stillblock"
+    node dist/bundle/cli.cjs completion zsh >"$1/zsh/_stillblock"
 }
 
 # launcher FILE
@@ -116,8 +101,9 @@ copyright() {
     cat >"$1" <<'COPYRIGHT'
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: Stillblock
-Comment: The npm packages that the program uses are below /usr/lib/stillblock/node_modules;
- their licences are in /usr/share/doc/stillblock/licenses, their names and versions in
+Comment: The npm packages that the program uses are bundled with it, in the files below
+ /usr/lib/stillblock/dist/bundle, where a comment names each file of theirs; their licences
+ are in /usr/share/doc/stillblock/licenses, their names and versions in
  /usr/share/doc/stillblock/sbom.cdx.json. The licence of Node.js, with those of all that is
  in it, is /usr/share/doc/stillblock-node/LICENSE.
 
@@ -174,7 +160,7 @@ output=build/packages
 for tool in dh dh_dkms dpkg-buildpackage; do
     command -v "$tool" >/dev/null || die "$tool is missing: run scripts/setup.sh"
 done
-[ -e dist/src/cli.js ] && [ -e build/native/stillblock.node ] && [ -e build/native/stillblock-early ] ||
+[ -e dist/bundle/cli.cjs ] && [ -e build/native/stillblock.node ] && [ -e build/native/stillblock-early ] ||
     die 'it is not compiled: run npm run setup'
 version=$(node -p 'require("./package.json").version')
 [ "$version" = "$(sed -n 's/^PACKAGE_VERSION="\(.*\)"/\1/p' module/dkms.conf)" ] ||

@@ -112,7 +112,7 @@ addon() {
 
 typescript() {
     node_modules/.bin/tsc -p tsconfig.json || die 'TypeScript does not compile'
-    [ ! -e dist/src/cli.js ] || chmod +x dist/src/cli.js
+    node scripts/bundle.mjs || die 'the command cannot be bundled'
 }
 
 node_major=$(node -p 'process.versions.node.split(".")[0]' 2>/dev/null) || die 'Node is missing: install Node 20 or newer'

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /** Validates requests as fastify's own compilers would, but costs nothing before the first one. */
-import { createRequire } from 'node:module';
-import type { Ajv, AnySchema, ErrorObject, ValidateFunction } from 'ajv';
+import { Ajv, type AnySchema, type ErrorObject, type ValidateFunction } from 'ajv';
 import type { FastifyServerOptions } from 'fastify';
 
 /** What fastify takes of a validator of Ajv. */
@@ -16,13 +15,6 @@ type BuildValidator = NonNullable<
   NonNullable<SchemaController['compilersFactory']>['buildValidator']
 >;
 
-const load = createRequire(import.meta.url);
-
-function makeAjv(): Ajv {
-  const { Ajv: Validator } = load('ajv') as typeof import('ajv');
-  return new Validator({ useDefaults: true });
-}
-
 /**
  * fastify compiles all schemas before it listens, which was a quarter of the time of a backup
  * that a command begins and that is refused. Here the first request of each compiles it.
@@ -32,7 +24,7 @@ function lazyValidator(): (route: { readonly schema: AnySchema }) => Validate {
   return ({ schema }) => {
     let compiled: ValidateFunction | undefined;
     const validate: Validate = (data) => {
-      ajv ??= makeAjv();
+      ajv ??= new Ajv({ useDefaults: true });
       compiled ??= ajv.compile(schema);
       const isRight = compiled(data);
       validate.errors = compiled.errors ?? null;

@@ -6,11 +6,12 @@
  * the meaning of a request and cannot be done is refused; what would not is accepted
  * with a warning.
  */
+
 import { NBD_DEFAULT_PORT } from '../nbd/constants.ts';
 import { isDiskName } from './block-devices.ts';
 import { isCheckpointName } from './checkpoints.ts';
-import { XMLBuilder } from './fast-xml.ts';
 import { type Checked, check, XmlDocument, type XmlElement } from './xml.ts';
+import { writeXml } from './xml-writer.ts';
 
 /** Where the backup's NBD server is to listen. */
 export type BackupServer =
@@ -300,14 +301,6 @@ export function parseBackupXml(xml: string, source: string = 'backup.xml'): Back
   };
 }
 
-const builder = new XMLBuilder({
-  ignoreAttributes: false,
-  attributeNamePrefix: '@',
-  format: true,
-  suppressEmptyNode: true,
-  suppressBooleanAttributes: false,
-});
-
 /** Leaves out what is undefined. */
 function defined(values: Readonly<Record<string, unknown>>): Record<string, unknown> {
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined));
@@ -347,7 +340,7 @@ function formatDisk(disk: BackupDisk): Record<string, unknown> {
 /** Writes a backup as it will be made, with all that is not said filled in. */
 export function formatBackupXml(backup: Omit<BackupXml, 'warnings'>): string {
   const { incremental, server, disks } = backup;
-  return builder.build({
+  return writeXml({
     domainbackup: defined({
       '@mode': 'pull',
       incremental,
@@ -433,7 +426,7 @@ function parseCheckpointDisks(
 /** Writes a request for a checkpoint. */
 export function formatCheckpointXml(checkpoint: Omit<CheckpointXml, 'warnings'>): string {
   const { name, description, disks } = checkpoint;
-  return builder.build({
+  return writeXml({
     domaincheckpoint: defined({
       name,
       description: description === '' ? undefined : description,

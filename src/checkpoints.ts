@@ -17,10 +17,11 @@
  */
 import { open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
+import { type X2jOptions, XMLParser, XMLValidator } from 'fast-xml-parser';
 import { isDiskName } from './block-devices.ts';
 import { explain, historyWords, StillblockError, usageError } from './errors.ts';
-import { XMLBuilder, XMLParser, XMLValidator } from './fast-xml.ts';
 import { checkpointFolder, type Folders, makeFolder } from './folders.ts';
+import { writeXml } from './xml-writer.ts';
 
 /** A disk at the instant of a checkpoint. */
 export interface CheckpointDisk {
@@ -149,18 +150,10 @@ export function afterSetBack(
     : undefined;
 }
 
-const builder = new XMLBuilder({
-  ignoreAttributes: false,
-  attributeNamePrefix: '@',
-  format: true,
-  suppressEmptyNode: true,
-  suppressBooleanAttributes: false,
-});
-
 /** Writes a checkpoint as XML. */
 export function formatCheckpoint(checkpoint: Checkpoint): string {
   const { name, id, description, parent, creationTime, disks } = checkpoint;
-  return builder.build({
+  return writeXml({
     domaincheckpoint: {
       '@xmlns:stillblock': NAMESPACE,
       ...(id === undefined ? {} : { '@stillblock:id': id }),
@@ -182,14 +175,14 @@ export function formatCheckpoint(checkpoint: Checkpoint): string {
   });
 }
 
-const parser = new XMLParser({
+const PARSING = {
   ignoreAttributes: false,
   attributeNamePrefix: '@',
   parseTagValue: false,
   parseAttributeValue: false,
   ignoreDeclaration: true,
   isArray: (_name, path) => path === 'domaincheckpoint.disks.disk',
-});
+} satisfies X2jOptions;
 
 function bad(problem: string): StillblockError {
   return new StillblockError(
@@ -281,7 +274,7 @@ export function parseCheckpoint(xml: string): Checkpoint {
   }
   let document: unknown;
   try {
-    document = parser.parse(xml);
+    document = new XMLParser(PARSING).parse(xml);
   } catch (error) {
     throw bad(error instanceof Error ? error.message : String(error));
   }

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /** The log: on stderr, for people on a terminal, else one JSON object per line. */
-import { createRequire } from 'node:module';
 import { stderr } from 'node:process';
 import { destination, type Logger, pino } from 'pino';
-import type { PinoPretty } from 'pino-pretty';
-
-const require = createRequire(import.meta.url);
+import { build as pretty } from 'pino-pretty';
 
 /** Levels in the order of `-v`: warnings, lifecycle, requests. */
 const LEVELS = ['warn', 'info', 'debug'] as const;
@@ -22,6 +19,5 @@ export function makeLog(verbosity: number): Logger {
   if (!stderr.isTTY) {
     return pino(options, destination({ dest: 2, sync: true }));
   }
-  const pretty = require('pino-pretty') as typeof PinoPretty;
   return pino(options, pretty({ destination: 2, sync: true, translateTime: 'HH:MM:ss.l' }));
 }

@@ -4,8 +4,8 @@
  * numbers and lays out is known to the addon alone, which is compiled with it.
  */
 import { createRequire } from 'node:module';
-import { fileURLToPath } from 'node:url';
 import type { Extent } from '../nbd/extents.ts';
+import { installed } from './installation.ts';
 
 /** What the module's header fixes. */
 export interface NativeConstants {
@@ -289,10 +289,8 @@ let loaded: Addon | undefined;
 /** Loads the addon when it is first needed, so that what needs none works without it. */
 function addon(): Addon {
   // The other one is instrumented; see scripts/sanitize.sh.
-  const path =
-    process.env['STILLBLOCK_ADDON'] ??
-    fileURLToPath(new URL('../../build/native/stillblock.node', import.meta.url));
-  loaded ??= createRequire(import.meta.url)(path) as Addon;
+  const path = process.env['STILLBLOCK_ADDON'] ?? installed('build/native/stillblock.node');
+  loaded ??= createRequire(path)(path) as Addon;
   return loaded;
 }
 

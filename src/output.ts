@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /** What commands print on stdout: tables for people, JSON for programs. */
-import { createRequire } from 'node:module';
 import { stdout } from 'node:process';
-import type CliTable from 'cli-table3';
+import Table from 'cli-table3';
 import type { StillblockError } from './errors.ts';
-
-const require = createRequire(import.meta.url);
 
 /** The line on stderr that a failure is. */
 export function errorLine({ message, advice }: StillblockError): string {
@@ -47,7 +44,6 @@ const BARE = {
 
 /** Lays rows out in columns under a heading, without frames, as ls and lsblk do. */
 export function formatTable(head: readonly string[], rows: readonly (readonly string[])[]): string {
-  const Table = require('cli-table3') as typeof CliTable;
   const table = new Table({
     chars: BARE,
     style: { head: [], border: [], 'padding-left': 0, 'padding-right': 0 },

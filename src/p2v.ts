@@ -9,9 +9,9 @@ import { once } from 'node:events';
 import { type AddressInfo, connect, createServer } from 'node:net';
 import { env } from 'node:process';
 import { setTimeout as delay } from 'node:timers/promises';
-import { XMLBuilder } from 'fast-xml-parser';
 import { StillblockError } from './errors.ts';
 import { type CertificateFolder, type NbdUri, qemuImageOptions, qemuTlsObject } from './nbd-uri.ts';
+import { writeXml } from './xml-writer.ts';
 
 /** A machine for virt-v2v. */
 export interface PhysicalDomain {
@@ -26,14 +26,6 @@ export interface PhysicalDomain {
   /** Addresses of its network cards. */
   readonly macs: readonly string[];
 }
-
-const builder = new XMLBuilder({
-  ignoreAttributes: false,
-  attributeNamePrefix: '@',
-  format: true,
-  suppressEmptyNode: true,
-  suppressBooleanAttributes: false,
-});
 
 /** Name of the n-th disk: `sda` to `sdz`, then `sdaa`. */
 export function diskLetters(index: number): string {
@@ -50,7 +42,7 @@ export function libvirtArchitecture(architecture: string): string {
 /** Writes the domain as libvirt's XML. */
 export function formatDomain(domain: PhysicalDomain): string {
   const { name, memoryBytes, processors, architecture, firmware, ports, macs } = domain;
-  return builder.build({
+  return writeXml({
     domain: {
       '@type': 'physical',
       name,

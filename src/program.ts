@@ -2,6 +2,7 @@
 /** The command line: all commands, their options and their help. */
 import { readFileSync } from 'node:fs';
 import { Command } from 'commander';
+import { installed } from './installation.ts';
 
 /**
  * By their names, in the order of the help. Each brings what it needs, which is most of
@@ -28,7 +29,7 @@ const COMMANDS: Readonly<Record<string, () => Promise<Command>>> = {
 const OF_ALL: readonly string[] = ['completion'];
 
 function version(): string {
-  const text = readFileSync(new URL('../../package.json', import.meta.url), 'utf8');
+  const text = readFileSync(installed('package.json'), 'utf8');
   const { version: found } = JSON.parse(text) as { version: string };
   return found;
 }

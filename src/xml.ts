@@ -9,8 +9,9 @@
  * the nesting. Its parser builds the tree and says where each element begins.
  * References are decoded here, since the parser knows no numeric ones of XML alone.
  */
+
+import { type X2jOptions, XMLParser, XMLValidator } from 'fast-xml-parser';
 import { EXIT, StillblockError } from './errors.ts';
-import { XMLParser, XMLValidator } from './fast-xml.ts';
 
 /** A place in a text, both from 1. The column counts characters. */
 export interface Position {
@@ -223,9 +224,9 @@ function tokenize(document: XmlDocument): ReadonlyMap<number, Tag> {
 const TEXT = '#text';
 const CDATA = '#cdata';
 // The type says Symbol, the object; it is a symbol.
-const META = XMLParser.getMetaDataSymbol() as unknown as symbol;
+const meta = (): symbol => XMLParser.getMetaDataSymbol() as unknown as symbol;
 
-const parser = new XMLParser({
+const PARSING: X2jOptions = {
   preserveOrder: true,
   captureMetaData: true,
   ignoreAttributes: false,
@@ -238,12 +239,12 @@ const parser = new XMLParser({
   textNodeName: TEXT,
   cdataPropName: CDATA,
   maxNestedTags: MAX_DEPTH + 1,
-});
+};
 
-/** A node as the parser gives it with `preserveOrder`: one key, and perhaps `:@` and META. */
+/** A node as the parser gives it with `preserveOrder`: one key, and perhaps `:@` and {@link meta}. */
 type Node = Readonly<Record<string | symbol, unknown>>;
 
-const isElement = (node: Node): boolean => node[META] !== undefined;
+const isElement = (node: Node): boolean => node[meta()] !== undefined;
 
 function textOf(node: Node): string {
   const cdata = node[CDATA] as readonly Node[] | undefined;
@@ -253,7 +254,7 @@ function textOf(node: Node): string {
 /** Turns the parser's tree into ours, with the tokenizer's places. */
 function toElement(document: XmlDocument, node: Node, tags: ReadonlyMap<number, Tag>): XmlElement {
   const name = Object.keys(node).find((key) => key !== ':@') ?? '';
-  const { startIndex = 0 } = (node[META] ?? {}) as { readonly startIndex?: number };
+  const { startIndex = 0 } = (node[meta()] ?? {}) as { readonly startIndex?: number };
   const tag = tags.get(startIndex);
   const values = Object.values(node[':@'] ?? {});
   if (
@@ -306,7 +307,7 @@ export class XmlDocument {
       const { line, col: column = 1, msg } = valid.err;
       throw new XmlError(kind, { line, column }, msg.replace(/\.$/, ''));
     }
-    const root = (parser.parse(this.text) as readonly Node[]).find(isElement);
+    const root = (new XMLParser(PARSING).parse(this.text) as readonly Node[]).find(isElement);
     this.root = root === undefined ? this.fail(0, 'no element') : toElement(this, root, tags);
   }
 

@@ -6,9 +6,8 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
+import { CLI } from '../program.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 /** How long it may take to begin and to end, milliseconds. */
 const PATIENCE_MS = 30_000;
 

@@ -7,8 +7,8 @@ import { join } from 'node:path';
 import { execPath } from 'node:process';
 import test, { type ExecutionContext } from 'ava';
 import { folder, freePorts, pattern } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { type Finished, run, testReleases, tryRun } from './clients.ts';
-import { CLI } from './command.ts';
 
 const SIZE = 4 << 20;
 

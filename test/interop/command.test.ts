@@ -9,9 +9,9 @@ import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { folder, pattern, soon } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { type Finished, run, tryRun, writeSparse } from './clients.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 const MIB = 1 << 20;
 
 interface ServedExport {

@@ -5,11 +5,9 @@ import { once } from 'node:events';
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import type { ExecutionContext } from 'ava';
 import { soon } from '../nbd/world.ts';
-
-export const CLI: string = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
+import { CLI } from '../program.ts';
 
 /**
  * Makes the command `stillblock` in a folder, for scripts that call it by its name.

@@ -5,12 +5,11 @@ import { once } from 'node:events';
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { folder, pattern, soon } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { run } from './clients.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 const MIB = 1 << 20;
 const SIZE = 160 * MIB;
 const MOST_LEFT_BYTES = 16 * MIB;

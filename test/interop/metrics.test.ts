@@ -6,14 +6,13 @@ import { access, readFile, stat, writeFile } from 'node:fs/promises';
 import { request } from 'node:http';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { folder, pattern, soon } from '../nbd/world.ts';
 import { commandsOf, Page } from '../pages.ts';
+import { CLI } from '../program.ts';
 import { checkout } from '../vm/checkout.ts';
 import { run, tryRun } from './clients.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 const MIB = 1 << 20;
 
 interface Serving {

@@ -17,8 +17,9 @@ import { join } from 'node:path';
 import test, { type ExecutionContext } from 'ava';
 import { Authority, clientTemplate, conventionalFolder, SERVER } from '../nbd/certificates.ts';
 import { folder, pattern } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { run, tryRun } from './clients.ts';
-import { CLI, Serving } from './command.ts';
+import { Serving } from './command.ts';
 import {
   assertChain,
   errorOf,

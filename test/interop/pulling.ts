@@ -3,17 +3,16 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { diskExports } from '../../nbd/export.ts';
 import { type Extent, ExtentMap } from '../../nbd/extents.ts';
 import { NbdServer } from '../../nbd/server.ts';
 import type { Manifest } from '../../src/manifest.ts';
 import { folder, KeptLog, MemorySource, soon as patiently, pattern } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { run } from './clients.ts';
 
 export const MIB: number = 1 << 20;
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 
 /** How long a test waits for processes that start others, on a machine that has more to do. */
 const PATIENCE_MS = 180_000;

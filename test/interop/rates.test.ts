@@ -5,12 +5,11 @@ import { once } from 'node:events';
 import { open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import test, { type ExecutionContext } from 'ava';
 import { folder, soon } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { run } from './clients.ts';
 
-const CLI = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
 const MIB = 1 << 20;
 const DISK_BYTES = 512 * MIB;
 /** How long clients read, seconds: a burst of 20 ms is no part of it that counts. */

@@ -14,8 +14,9 @@ import {
   SERVER,
 } from '../nbd/certificates.ts';
 import { folder, pattern, soon } from '../nbd/world.ts';
+import { CLI } from '../program.ts';
 import { type Finished, type Release, run, testReleases, tryRun } from './clients.ts';
-import { CLI, Serving } from './command.ts';
+import { Serving } from './command.ts';
 
 const MIB = 1 << 20;
 const SIZE = 8 * MIB;

@@ -12,6 +12,7 @@ import { join } from 'node:path';
 import { execPath } from 'node:process';
 import test, { type ExecutionContext } from 'ava';
 import { commandsOf, Page } from '../pages.ts';
+import { CLI } from '../program.ts';
 import { checkout } from '../vm/checkout.ts';
 import { makeSparseFile, runTool, type ToolResult } from '../vm/host.ts';
 import { guestfsEnvironment, inspect } from '../vm/inspection.ts';
@@ -80,7 +81,7 @@ async function makeCertificates(folder: string): Promise<void> {
 }
 
 const stillblock = (...words: readonly string[]): Promise<ToolResult> =>
-  runTool(execPath, [join(checkout, 'dist/src/cli.js'), ...words], { timeoutMs: limitMs });
+  runTool(execPath, [CLI, ...words], { timeoutMs: limitMs });
 
 async function configure(machine: Machine, certificates: string, ports: number[]): Promise<void> {
   const [nbd, api] = ports;
@@ -146,7 +147,7 @@ async function conversionCommands(
   const page = await Page.open('docs/p2v.md', import.meta.url);
   return commandsOf(page.take('virt-v2v')).map((line) =>
     line
-      .replace(/^stillblock/, `exec ${execPath} ${join(checkout, 'dist/src/cli.js')}`)
+      .replace(/^stillblock/, `exec ${execPath} ${CLI}`)
       .replace(/ web1$/, ` ${from.join(' ')}`)
       .replace('web1.xml', join(folder, 'web1.xml'))
       .replace('/var/tmp', folder),

@@ -89,7 +89,9 @@ test('packages: the same each time, without blemish, and complete', async (t) =>
   const refused = await t.throwsAsync(execute(join(root, early), [join(home, 'plan')]));
   t.regex(refused?.message ?? '', /plan is no plan/);
 
-  // The program with nothing but what is in its package.
+  // The program with nothing but what is in its package: npm's packages are in the bundle.
+  const parts = (await readdir(join(root, 'usr/lib/stillblock'))).toSorted();
+  t.deepEqual(parts, ['bin', 'build', 'dist', 'package.json', 'stillblock-early']);
   const cli = join(root, 'usr/lib/stillblock/bin/stillblock');
   const { stdout: version } = await execute(execPath, [cli, '--version'], { cwd: '/' });
   t.regex(sources, new RegExp(`-${version.trim()}$`));

@@ -4,9 +4,9 @@ import { execFile } from 'node:child_process';
 import { mkdir, mkdtemp, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import type { ExecutionContext } from 'ava';
 import type { Folders } from '../../src/folders.ts';
+import { CLI } from '../program.ts';
 
 /** How long a command may take, milliseconds. Some sixty start at once, and not alone on the machine. */
 const COMMAND_MS = 120_000;
@@ -84,8 +84,6 @@ export interface Result {
   readonly stderr: string;
 }
 
-const cli = fileURLToPath(new URL('../../src/cli.js', import.meta.url));
-
 /** Programs of one test file that run side by side: all at once would starve each other. */
 const MAX_RUNNING = 4;
 let running = 0;
@@ -127,7 +125,7 @@ function run(folders: Folders, args: readonly string[]): Promise<Result> {
     };
     execFile(
       process.execPath,
-      [cli, ...args],
+      [CLI, ...args],
       { env, timeout: COMMAND_MS },
       (error, stdout, stderr) => {
         // A number unless a signal ended it.

@@ -15,6 +15,7 @@ import {
 import { dirname, join } from 'node:path';
 import { buildTool } from '../kernels/world.ts';
 import { Page } from '../pages.ts';
+import { CLI } from '../program.ts';
 import { cacheFolder, checkout, type KernelName, modulePath, stockKernel } from './checkout.ts';
 import { agentPort } from './guest.ts';
 import { runTool, type ToolResult } from './host.ts';
@@ -158,7 +159,7 @@ export class BootTree {
       this.write(`etc/systemd/system/${name}`, text);
     }
     const node = shellQuote(join(hostRoot, process.execPath));
-    const cli = shellQuote(join(hostRoot, checkout, 'dist/src/cli.js'));
+    const cli = shellQuote(join(hostRoot, CLI));
     this.write('usr/bin/stillblock', `#!/bin/sh\nexec ${node} ${cli} "$@"\n`);
     chmodSync(this.path('usr/bin/stillblock'), 0o755);
     this.#copy(own('test/vm/boot-init.sh'), initPath, 0o755);

@@ -4,13 +4,14 @@
 
 import { join } from 'node:path';
 import { execPath } from 'node:process';
+import { CLI } from '../program.ts';
 import { checkout } from './checkout.ts';
 import type { CommandResult, GuestCommand } from './command.ts';
 import type { Guest } from './guest.ts';
 import { shellQuote } from './initrd.ts';
 
 const program = join(checkout, 'dist/test/vm/one-process.js');
-const script = shellQuote(join(checkout, 'dist/src/cli.js'));
+const script = shellQuote(CLI);
 
 /** `stillblock`, for a command line of a guest's shell. */
 export const cli: string = `node ${script}`;

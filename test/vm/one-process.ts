@@ -5,10 +5,14 @@
 //
 //   node one-process.js
 
+import { createRequire } from 'node:module';
 import process from 'node:process';
 import { createInterface } from 'node:readline';
 
-const cli = new URL('../../src/cli.js', import.meta.url).href;
+// What the command itself runs; test/program.ts would look at all sources, slowly here.
+const { main } = createRequire(import.meta.url)(
+  '../../bundle/main.cjs',
+) as typeof import('../../src/main.ts');
 const answer = process.stdout.write.bind(process.stdout);
 const written = { stdout: '', stderr: '' };
 for (const name of ['stdout', 'stderr'] as const) {
@@ -19,14 +23,11 @@ for (const name of ['stdout', 'stderr'] as const) {
   };
 }
 
-let runs = 0;
 for await (const line of createInterface({ input: process.stdin })) {
   Object.assign(written, { stdout: '', stderr: '' });
   process.argv.splice(2, process.argv.length, ...(JSON.parse(line) as string[]));
   process.exitCode = 0;
-  runs += 1;
-  // Another name makes the file run again; what it imports stays.
-  await import(`${cli}?${runs}`);
+  await main();
   answer(`${JSON.stringify({ ...written, code: process.exitCode })}\n`);
 }
 process.exitCode = 0;

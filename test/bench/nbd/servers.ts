@@ -7,9 +7,8 @@ import { readFile, rm, writeFile } from 'node:fs/promises';
 import { connect, createServer } from 'node:net';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
+import { CLI } from '../../program.ts';
 
-const CLI = fileURLToPath(new URL('../../../src/cli.js', import.meta.url));
 const START_MS = 60_000;
 /** What every server calls what it serves. */
 export const EXPORT = 'disk';
