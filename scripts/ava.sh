@@ -33,3 +33,14 @@ forget_removed() {
         [ -e "${source%.js}.ts" ] || rm -f "$file" "${file%.js}.d.ts" "$file.map"
     done
 }
+
+# only_ava ARGUMENT...: runs ava, for a script that does nothing else; its last line, and whether
+# all passed.
+only_ava() {
+    forget_removed
+    results=$(mktemp)
+    trap 'rm -f "$results"' EXIT
+    count_ava "$results" "$@"
+    echo "$ava_passed passed, $ava_failed failed"
+    [ "$ava_failed" = 0 ]
+}

@@ -11,9 +11,4 @@ packages=(stillblock stillblock-dkms)
 # The slowest to make, and of no source here.
 compgen -G 'build/packages/stillblock-node_*.deb' >/dev/null || packages+=(stillblock-node)
 scripts/package.sh "${packages[@]}"
-forget_removed
-results=$(mktemp)
-trap 'rm -f "$results"' EXIT
-count_ava "$results" --config ava.machines.config.mjs "$@"
-echo "$ava_passed passed, $ava_failed failed"
-[ "$ava_failed" = 0 ]
+only_ava --config ava.machines.config.mjs "$@"

@@ -12,10 +12,9 @@
  * looks that no block is without, and that `.ci/run`, which is no test, has such commands among
  * its own.
  */
-import { spawn } from 'node:child_process';
-import { once } from 'node:events';
 import { readdir, readFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { type Finished, tryRun } from './interop/clients.ts';
 import { checkout } from './vm/checkout.ts';
 
 /** A fenced block. */
@@ -87,26 +86,12 @@ export function bareCommandsOf(block: Pick<Block, 'text'>): string[] {
   return commandsOf(block).map((command) => command.replace(/\s+#.*/, ''));
 }
 
-/** What became of a command that was typed. */
-export interface Typed {
-  readonly code: unknown;
-  readonly stdout: string;
-  readonly stderr: string;
-}
+/** Of a command that is typed, whose test has a limit of its own, milliseconds. */
+const TYPED_MS = 2 * 60 * 60_000;
 
 /** Types a command in the checkout, as whoever reads the page does, and waits for its end. */
-export async function type(command: string): Promise<Typed> {
-  const child = spawn('sh', ['-c', command], { cwd: checkout, stdio: ['ignore', 'pipe', 'pipe'] });
-  let stdout = '';
-  let stderr = '';
-  child.stdout.setEncoding('utf8').on('data', (piece: string) => {
-    stdout += piece;
-  });
-  child.stderr.setEncoding('utf8').on('data', (piece: string) => {
-    stderr += piece;
-  });
-  const [code] = await once(child, 'close');
-  return { code, stdout, stderr };
+export function type(command: string): Promise<Finished> {
+  return tryRun('sh', ['-c', command], checkout, TYPED_MS);
 }
 
 /** A page in the hands of the test that runs it. */

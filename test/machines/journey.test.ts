@@ -6,11 +6,11 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdir, mkdtemp, readFile, rm } from 'node:fs/promises';
-import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { execPath } from 'node:process';
 import test, { type ExecutionContext } from 'ava';
+import { freePorts } from '../nbd/world.ts';
 import { commandsOf, Page } from '../pages.ts';
 import { CLI } from '../program.ts';
 import { checkout } from '../vm/checkout.ts';
@@ -49,18 +49,6 @@ interface Manifest {
       readonly firmware: { readonly kind: string; readonly bootEntries: readonly unknown[] };
     };
   }[];
-}
-
-async function freePorts(count: number): Promise<number[]> {
-  const servers = Array.from({ length: count }, () => createServer());
-  const ports = await Promise.all(
-    servers.map(async (server) => {
-      await once(server.listen(0, '127.0.0.1'), 'listening');
-      return (server.address() as AddressInfo).port;
-    }),
-  );
-  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
-  return ports;
 }
 
 /** An authority, a server's certificate and a client's, all in one folder. */
