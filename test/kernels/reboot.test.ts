@@ -88,6 +88,12 @@ class Machine {
     return this.seen();
   }
 
+  /** @returns what the module says of it then: the last that was attached is the last that it lists */
+  async attachDisk(name: DiskName): Promise<Seen | undefined> {
+    await this.module.require(`attach ${this.node(name)} 0 ${name}`);
+    return (await seenHistories(this.module)).at(-1);
+  }
+
   async seen(): Promise<Record<TrackedName, Seen>> {
     const [root, data] = await seenHistories(this.module);
     if (root === undefined || data === undefined) throw new Error('two devices are not tracked');
@@ -457,34 +463,30 @@ test.serial('a device that did not come back leaves its room to another', async 
     await at.module.ask(`place device:/dev/mapper/small ${format}`);
     return at;
   };
-  const attach = async (at: Machine, name: DiskName): Promise<Seen | undefined> => {
-    await at.module.require(`attach ${at.node(name)} 0 ${name}`);
-    return (await seenHistories(at.module)).at(-1);
-  };
   let at = await boot('format');
   await at.guest.run(`mkfs.btrfs -q -f ${at.node('tree')}`);
-  const root = await attach(at, 'root');
+  const root = await at.attachDisk('root');
   t.like(root, { kept: history.ok });
-  t.like(await attach(at, 'data'), { kept: history.ok });
-  t.like(await attach(at, 'tree'), { kept: history.placeFull });
+  t.like(await at.attachDisk('data'), { kept: history.ok });
+  t.like(await at.attachDisk('tree'), { kept: history.placeFull });
   await at.shutdown();
 
   // What was kept at the last shutdown may still come; after another one it is worthless.
   at = await boot();
-  t.like(await attach(at, 'tree'), { kept: history.placeFull });
-  t.like(await attach(at, 'root'), { takenUp: true, kept: history.ok });
+  t.like(await at.attachDisk('tree'), { kept: history.placeFull });
+  t.like(await at.attachDisk('root'), { takenUp: true, kept: history.ok });
   await at.shutdown();
 
   at = await boot();
-  const tree = await attach(at, 'tree');
+  const tree = await at.attachDisk('tree');
   t.like(tree, { takenUp: false, kept: history.ok });
-  t.like(await attach(at, 'root'), { takenUp: true, generation: root?.generation ?? '' });
-  t.like(await attach(at, 'data'), { takenUp: false, kept: history.placeFull });
+  t.like(await at.attachDisk('root'), { takenUp: true, generation: root?.generation ?? '' });
+  t.like(await at.attachDisk('data'), { takenUp: false, kept: history.placeFull });
   await at.shutdown();
 
   at = await boot();
-  t.like(await attach(at, 'tree'), { takenUp: true, generation: tree?.generation ?? '' });
-  t.like(await attach(at, 'root'), { takenUp: true, generation: root?.generation ?? '' });
+  t.like(await at.attachDisk('tree'), { takenUp: true, generation: tree?.generation ?? '' });
+  t.like(await at.attachDisk('root'), { takenUp: true, generation: root?.generation ?? '' });
   await at.shutdown();
 });
 
@@ -499,21 +501,17 @@ test.serial('what a failing place could not mark is not believed', async (t) => 
     await at.module.require(`place device:/dev/mapper/shaky ${format}`);
     return at;
   };
-  const attach = async (at: Machine, name: TrackedName): Promise<Seen | undefined> => {
-    await at.module.require(`attach ${at.node(name)} 0 ${name}`);
-    return (await seenHistories(at.module)).at(-1);
-  };
   let at = await boot('format');
-  for (const name of tracked) t.like(await attach(at, name), { kept: history.ok });
+  for (const name of tracked) t.like(await at.attachDisk(name), { kept: history.ok });
   await at.shutdown();
 
   // The place fails between two devices, and somebody writes where no file system is asked.
   at = await boot();
-  t.like(await attach(at, 'root'), { takenUp: true, kept: history.ok });
+  t.like(await at.attachDisk('root'), { takenUp: true, kept: history.ok });
   await at.guest.run(
     `dmsetup suspend shaky; dmsetup load shaky --table '0 ${sectors} error'; dmsetup resume shaky`,
   );
-  t.like(await attach(at, 'data'), { takenUp: false, kept: history.placeError });
+  t.like(await at.attachDisk('data'), { takenUp: false, kept: history.placeError });
   await at.guest.run(
     `dd if=/dev/urandom of=${at.node('data')} bs=4k seek=8192 count=1 oflag=direct status=none`,
   );
@@ -521,17 +519,21 @@ test.serial('what a failing place could not mark is not believed', async (t) => 
 
   at = await boot();
   for (const name of tracked) {
-    t.like(await attach(at, name), { takenUp: false, began: history.notSaved, kept: history.ok });
+    t.like(await at.attachDisk(name), {
+      takenUp: false,
+      began: history.notSaved,
+      kept: history.ok,
+    });
   }
   await at.shutdown();
 
   // Where it was tracked at the last shutdown, if at all, nobody here knows.
   at = await boot();
-  t.like(await attach(at, 'root'), { takenUp: true });
+  t.like(await at.attachDisk('root'), { takenUp: true });
   await at.shutdown();
   at = await boot();
-  t.like(await attach(at, 'root'), { takenUp: true });
-  t.like(await attach(at, 'data'), { takenUp: false, began: history.notSaved });
+  t.like(await at.attachDisk('root'), { takenUp: true });
+  t.like(await at.attachDisk('data'), { takenUp: false, began: history.notSaved });
   await at.shutdown();
 });
 
