@@ -63,12 +63,12 @@ class Machine {
   static async boot(withModule = true, on: KernelName = kernel): Promise<Machine> {
     const guest = await bootGuest({
       kernel: on,
+      saved: true,
       disks: Object.entries(disks).map(([name, size]) => ({
         name,
         sizeBytes: size * MiB,
         file: join(folder, name),
       })),
-      memoryMiB: 1024,
     });
     const nodes = new Map<string, string>();
     for (const name of Object.keys(disks)) nodes.set(name, await guest.disk(name));

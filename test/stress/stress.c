@@ -49,6 +49,8 @@
 #endif
 /* How often it says how far it is. */
 #define REPORT_S	20
+/* What a writer rests after each write while the last steps end. */
+#define LAST_PACE_US	100000
 
 struct world world;
 
@@ -455,6 +457,8 @@ static void wait_for_the_end(void)
 		    (unsigned long long)world.nr_images,
 		    (unsigned long long)world.bytes_written >> 20);
 	}
+	/* The checks that are under way come to their end sooner. */
+	world.pace_us = LAST_PACE_US;
 }
 
 /* Everything that was written last is there, whoever held it up meanwhile. */

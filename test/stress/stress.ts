@@ -128,20 +128,14 @@ export class StressGuest {
     const folder = await mkdtemp(join(tmpdir(), 'stillblock-stress-'));
     let guest: Guest | undefined;
     try {
-      const [nvme, scsi] = [join(folder, 'nvme'), join(folder, 'scsi')];
-      await runTool('truncate', ['-s', `${busDiskMiB}M`, nvme, scsi]);
       guest = await bootGuest({
         kernel,
         parallel,
-        memoryMiB: 3072,
-        disks: Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
-        appendCmdline: 'nvme.poll_queues=1',
-        extraArgs: [
-          ...['-drive', `if=none,id=nvme,format=raw,cache=unsafe,discard=unmap,file=${nvme}`],
-          ...['-device', 'nvme,drive=nvme,serial=nvme'],
-          ...['-drive', `if=none,id=scsi,format=raw,cache=unsafe,discard=unmap,file=${scsi}`],
-          ...['-device', 'virtio-scsi-pci,id=scsibus'],
-          ...['-device', 'scsi-hd,drive=scsi,bus=scsibus.0'],
+        saved: true,
+        disks: [
+          ...Object.entries(disks).map(([name, size]) => ({ name, sizeBytes: size * MiB })),
+          { name: 'nvme', sizeBytes: busDiskMiB * MiB, bus: 'nvme' },
+          { name: 'scsi', sizeBytes: busDiskMiB * MiB, bus: 'virtio-scsi' },
         ],
       });
       const booted = guest;

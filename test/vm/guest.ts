@@ -5,6 +5,7 @@
 // host's loopback. QEMU dies with this process, however that ends.
 
 import { type ChildProcess, spawn } from 'node:child_process';
+import { randomUUID } from 'node:crypto';
 import {
   closeSync,
   mkdtempSync,
@@ -122,7 +123,7 @@ const noHotplug = [
 const initWaits = 'stillblock-init: waits';
 
 /** What all guests that begin with a saved boot have, whatever they ask for. */
-const savedShape = { memoryMiB: 3072, diskCount: 10 } as const;
+const savedShape = { memoryMiB: 3072, diskCount: 14 } as const;
 
 /** @returns what QEMU is started with; disks of other buses are plugged in later */
 function inSavedShape(options: GuestOptions): GuestOptions {
@@ -398,7 +399,10 @@ export class Guest {
     }
   }
 
-  /** Lets a guest go on from where boots are saved: the clock of one has stood still since. */
+  /**
+   * Lets a guest go on from where boots are saved: the clock of one has stood still since, and
+   * what its kernel has made at random is the same in each that begins there.
+   */
   async #goOn(state: string | undefined, limitMs: number): Promise<void> {
     if (state === undefined) {
       await this.#waitForConsole(initWaits, limitMs);
@@ -406,7 +410,7 @@ export class Guest {
       await this.#waitForState('query-status', 'paused', limitMs);
       await this.#qmp.execute('cont');
     }
-    this.#qemu.stdin?.write(`${Math.floor(Date.now() / 1000)}\n`);
+    this.#qemu.stdin?.write(`${Math.floor(Date.now() / 1000)} ${randomUUID()}\n`);
   }
 
   #arguments(options: GuestOptions): string[] {

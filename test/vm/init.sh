@@ -14,11 +14,12 @@ mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /de
 read -r level _ </proc/sys/kernel/printk
 [ "$level" -ge 5 ] || fail 'console level'
 # Here a boot is saved: nothing has touched a disk or the host's root. Whoever goes on
-# from there gives the time, in seconds since 1970.
+# from there gives the time, in seconds since 1970, and what tells its boot from others.
+boot_id=
 case " $(cat /proc/cmdline) " in
 *' stillblock.saved '*)
     echo 'stillblock-init: waits'
-    read -r now
+    read -r now boot_id
     date -s "@$now" >/dev/null || fail date
     ;;
 esac
@@ -35,6 +36,10 @@ mount -t sysfs sys /newroot/sys
 mount -t debugfs debugfs /newroot/sys/kernel/debug
 mount -t tracefs tracefs /newroot/sys/kernel/tracing
 mount -t tmpfs tmpfs /newroot/run
+if [ -n "$boot_id" ]; then
+    echo "$boot_id" >/newroot/run/boot_id
+    mount --bind /newroot/run/boot_id /newroot/proc/sys/kernel/random/boot_id || fail 'bind of the boot id'
+fi
 mount --bind "/host$kernel_modules" /newroot/usr/lib/modules || fail 'bind of the kernel modules'
 # There is no udevd: device nodes come from devtmpfs, and LVM makes its own.
 mkdir -p /newroot/etc/lvm /newroot/run/lock
