@@ -1612,6 +1612,11 @@ static int place_open(const struct stillblock_place *args, u32 *reason)
 	dev_t dev;
 	int ret;
 
+	*reason = STILLBLOCK_REASON_PLACE_UNSUITABLE;
+	if (!memchr_inv(args->boot_id, 0, sizeof(args->boot_id))) {
+		pr_err("a place of histories needs the id of this boot: zeroes would be that of every boot\n");
+		return -EINVAL;
+	}
 	*reason = STILLBLOCK_REASON_NOT_BLOCK_DEVICE;
 	ret = stb_dev_of_fd(args->bdev_fd, &dev);
 	if (ret)

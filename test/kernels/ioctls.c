@@ -14,6 +14,7 @@
  *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION:
  *                                    BEGAN:KEPT..."
  *   place device:PATH [format]       "ok SET HELD HISTORY CAPACITY USED"
+ *   place device:PATH bootless       the same, with a boot id of zeroes
  *   place file:PATH:DEVICE [format]  the same; the file is held fast
  *   place at:DEVICE:OFFSET+LENGTH[,...]   the same, by what "extents" said
  *   place query, place drop          the same
@@ -300,7 +301,7 @@ static void read_written_extents(struct store *store, const char *text)
 }
 
 /* KIND:PATH[:DEVICE] */
-static void place(char *text, bool format)
+static void place(char *text, const char *how)
 {
 	static struct store store;
 	struct stillblock_place args = { .bdev_fd = -1, .file_fd = -1 };
@@ -308,12 +309,14 @@ static void place(char *text, bool format)
 	char *device = path ? strchr(path + 1, ':') : NULL;
 	int file = -1, error = 0;
 
-	if (format)
+	if (!strcmp(how, "format"))
 		args.flags = STILLBLOCK_PLACE_FORMAT;
 	file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
 	if (file < 0 || read(file, args.boot_id, sizeof(args.boot_id)) < 0)
 		exit(2);
 	close(file);
+	if (!strcmp(how, "bootless"))
+		memset(args.boot_id, 0, sizeof(args.boot_id));
 	memset(&store, 0, sizeof(store));
 	store.spec.file_fd = -1;
 	if (!strcmp(text, "query")) {
@@ -599,7 +602,7 @@ static void serve(char *line)
 	else if (sscanf(line, "extents %255s", path) == 1)
 		print_extents(path);
 	else if (sscanf(line, "place %255s %15s", path, word) >= 1)
-		place(path, !strcmp(word, "format"));
+		place(path, word);
 	else if (sscanf(line, "detach %255s", path) == 1)
 		detach(path);
 	else if (sscanf(line, "mark %llu %llu %llu", &id, &offset, &length) == 3)
