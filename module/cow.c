@@ -15,6 +15,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/bio.h>
+#include <linux/bitmap.h>
 #include <linux/mm.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
@@ -32,6 +33,21 @@
 
 /* Writes looked at that have to wait while no job is free. */
 #define STB_MAX_STUCK	64
+
+/*
+ * bitmap_set() for all chunks that there may be: its own arguments are of 32 bits,
+ * and a device of more than 64 TiB has more of them.
+ */
+static void cow_set_bits(unsigned long *map, u64 first, u64 nr)
+{
+	while (nr) {
+		unsigned int step = min_t(u64, nr, INT_MAX);
+
+		bitmap_set(map + BIT_WORD(first), first % BITS_PER_LONG, step);
+		first += step;
+		nr -= step;
+	}
+}
 
 static void job_end_io(struct bio *bio)
 {
@@ -139,7 +155,7 @@ static void job_try_open(struct stb_cow *cow, struct stb_job *job)
 	list_for_each_entry(reader, &cow->readers, node)
 		if (reader->first <= last && reader->last >= job->first)
 			goto unlock;
-	bitmap_set(cow->open, job->first, job->nr);
+	cow_set_bits(cow->open, job->first, job->nr);
 	job->opened = true;
 	cow->nr_closed--;
 unlock:
@@ -229,7 +245,7 @@ static void job_step(struct stb_cow *cow, struct stb_job *job)
 			return;
 		}
 		spin_lock_irq(&cow->lock);
-		bitmap_set(cow->copied, job->first, job->nr);
+		cow_set_bits(cow->copied, job->first, job->nr);
 		job->state = STB_JOB_STORING;
 		cow->nr_closed++;
 		spin_unlock_irq(&cow->lock);
@@ -585,7 +601,7 @@ int stb_cow_add_area(struct stb_cow *cow, u64 first, u64 end)
 		cow->max_areas = max;
 	}
 	cow->areas[cow->nr_areas++] = (struct stb_area){ first, end };
-	bitmap_set(cow->copied, first, end - first);
+	cow_set_bits(cow->copied, first, end - first);
 	return 0;
 }
 
