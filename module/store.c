@@ -286,7 +286,8 @@ static int store_add_device(struct stb_store *store,
 	if (ret)
 		return ret;
 	*reason = STILLBLOCK_REASON_STORE_BUSY;
-	ret = stb_bdev_open(dev, STB_OPEN_READ | STB_OPEN_WRITE, store,
+	/* The same holder may claim a device twice, so that this piece is it. */
+	ret = stb_bdev_open(dev, STB_OPEN_READ | STB_OPEN_WRITE, hold,
 			    &hold->dev);
 	if (ret) {
 		hold->dev.bdev = NULL;

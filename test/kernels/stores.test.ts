@@ -211,6 +211,11 @@ test.serial('a block device in use by a snapshot is no store for another', async
   const image = refusalIn(await module.ask(`attach ${held.image}`));
   t.is(image?.reason, 'BYPASSES_BIO', 'an image is tracked');
   await release(t, held);
+  // Nor twice for the same one, whose old data would lie upon each other.
+  const twice = refusalIn(
+    await module.ask(`take twice trackers=${id} stores=device:${spare},device:${spare}`),
+  );
+  t.like(twice, { reason: 'STORE_BUSY', culprit: 1 });
 });
 
 test.serial('several stores are one', async (t) => {
