@@ -364,7 +364,7 @@ int stb_image_add(struct stb_image *image)
 void stb_image_del(struct stb_image *image)
 {
 	if (image->visible)
-		del_gendisk(image->disk);
+		stb_del_disk(image->disk);
 	image->visible = false;
 }
 
