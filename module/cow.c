@@ -33,6 +33,11 @@
 
 /* Writes looked at that have to wait while no job is free. */
 #define STB_MAX_STUCK	64
+/*
+ * What a held write waits for may fail: a plain GFP_NOIO goes on for as long as there
+ * is no memory, and there may be none before that write has gone.
+ */
+#define STB_GFP_COW	(GFP_NOIO | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
 
 /*
  * bitmap_set() for all chunks that there may be: its own arguments are of 32 bits,
@@ -170,7 +175,7 @@ static int job_index(struct stb_cow *cow, struct stb_job *job)
 
 	for (i = 0; i < job->storing; i++) {
 		ret = xa_err(xa_store(&cow->slots, job->first + job->stored + i,
-				      xa_mk_value(job->slot + i), GFP_NOIO));
+				      xa_mk_value(job->slot + i), STB_GFP_COW));
 		if (ret)
 			return ret;
 	}
@@ -186,7 +191,7 @@ static int job_keep_pages(struct stb_job *job, struct stb_slots *where)
 	unsigned int i;
 
 	for (i = 0; i < where->nr * STB_CHUNK_PAGES; i++) {
-		struct page *fresh = alloc_page(GFP_NOIO | __GFP_NOWARN);
+		struct page *fresh = alloc_page(STB_GFP_COW);
 
 		if (!fresh)
 			return -ENOMEM;
