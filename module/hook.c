@@ -332,11 +332,12 @@ static int hook_register(u32 *reason)
 		*reason = ret == -EBUSY ? STILLBLOCK_REASON_HOOK_BUSY :
 			  ret == -ENOMEM ? STILLBLOCK_REASON_NO_MEMORY :
 					   STILLBLOCK_REASON_HOOK_UNAVAILABLE;
+		/* ftrace has the same error for both. */
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
 		       ret == -EBUSY ?
-		       "another filter driver or a live patch holds it; unload that first" :
+		       "another filter driver or a live patch holds it, or kernel.ftrace_enabled is 0" :
 		       ret == -ENOMEM ? "no memory" :
-		       "this kernel lacks function tracing, or kernel.ftrace_enabled is 0");
+		       "this kernel lacks function tracing");
 		hook_free_filter();
 	}
 	return ret;

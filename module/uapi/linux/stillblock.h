@@ -54,7 +54,7 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_ALREADY_ATTACHED	= 6,
 	STILLBLOCK_REASON_NOT_ATTACHED		= 7,
 	STILLBLOCK_REASON_IN_SNAPSHOT		= 8,	/* of a held snapshot */
-	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter is there */
+	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter, or ftrace is off */
 	STILLBLOCK_REASON_HOOK_UNAVAILABLE	= 10,
 	STILLBLOCK_REASON_NO_MEMORY		= 11,
 	STILLBLOCK_REASON_RESIZED		= 12,
@@ -463,6 +463,9 @@ struct stillblock_map {
  * @store: the piece
  * @flags: zero
  * @reason: out: enum stillblock_reason
+ *
+ * As all of /dev/stillblock this needs CAP_SYS_ADMIN; the other requests need just
+ * the snapshot's descriptor.
  */
 struct stillblock_add_store {
 	struct stillblock_store store;
