@@ -948,6 +948,9 @@ static u32 record_refusal(struct stb_tracker *t, const struct stb_record *saved)
 		return STILLBLOCK_HISTORY_RESIZED;
 	if (le32_to_cpu(saved->block_shift) != map->block_shift)
 		return STILLBLOCK_HISTORY_BLOCK_SIZE;
+	/* What is not ours may have the right hash, and reach beyond the place. */
+	if (le64_to_cpu(saved->nr_pages) != map_pages(map->nr_blocks))
+		return STILLBLOCK_HISTORY_DAMAGED;
 	return 0;
 }
 
