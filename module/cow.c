@@ -115,6 +115,21 @@ static struct stb_job *job_covering(struct stb_cow *cow, u64 chunk)
 	return NULL;
 }
 
+/*
+ * The last chunk of a device may be shorter, a slot of the store never is: what is
+ * behind its end shall not be what was in the kernel's memory before.
+ */
+static void job_clear_tail(struct stb_job *job, unsigned int bytes)
+{
+	unsigned int len;
+
+	for (; bytes < job->nr << STB_CHUNK_SHIFT; bytes += len) {
+		len = PAGE_SIZE - offset_in_page(bytes);
+		memset(page_address(job->pages[bytes >> PAGE_SHIFT]) +
+		       offset_in_page(bytes), 0, len);
+	}
+}
+
 /* Begin to copy @nr chunks at most, from @chunk on, which no job covers. */
 static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
 {
@@ -144,6 +159,7 @@ static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
 	spin_unlock_irq(&cow->lock);
 
 	sectors = min_t(u64, nr * STB_CHUNK_SECT, cow->nr_sect - sector);
+	job_clear_tail(job, sectors << SECTOR_SHIFT);
 	trace_stillblock_preserve(t->id, sector, sectors);
 	job_submit(job, t->dev.bdev, REQ_OP_READ, sector, 0,
 		   sectors << SECTOR_SHIFT);
