@@ -42,7 +42,10 @@
 #endif
 
 #if !STB_KERNEL(5, 16)
-/* Let a bio that was submitted for polling end in an interrupt. */
+/**
+ * bio_clear_polled() - let a bio that was submitted for polling end in an interrupt
+ * @bio: bio
+ */
 static inline void bio_clear_polled(struct bio *bio)
 {
 	bio->bi_opf &= ~REQ_HIPRI;

@@ -449,9 +449,12 @@ void stb_cow_kick(struct stb_cow *cow)
 /**
  * stb_cow_attach() - begin to preserve: the flip
  * @cow: cow, whose tracker is gated
+ *
+ * Context: control mutex held.
  */
 void stb_cow_attach(struct stb_cow *cow)
 {
+	stb_assert_control();
 	stb_tracker_set_mode(cow->tracker, STB_COW, cow);
 	stb_cow_kick(cow);
 }
@@ -464,11 +467,14 @@ void stb_cow_attach(struct stb_cow *cow)
  * the work would not do: while another processor is about to queue it, between
  * its mark and the list, queueing it does nothing and flushing it finds nothing.
  * But whoever finds it marked is seen by the run that follows.
+ *
+ * Context: control mutex held.
  */
 void stb_cow_detach(struct stb_cow *cow)
 {
 	struct stb_tracker *t = cow->tracker;
 
+	stb_assert_control();
 	stb_tracker_set_mode(t, STB_PASS, NULL);
 	/* Pairs with the acquire in cow_work(). */
 	smp_store_release(&cow->ending, true);

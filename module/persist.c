@@ -337,6 +337,7 @@ static struct persist_piece *place_piece(u64 page)
 static int place_rw(u64 page, u32 first, u32 nr, blk_opf_t opf,
 		    enum persist_way way)
 {
+	stb_assert_control();
 	while (nr) {
 		struct persist_piece *p = place_piece(page);
 		u64 into = page - p->first;
@@ -1160,6 +1161,7 @@ static u32 kept_now(struct stb_tracker *t, bool anew)
  */
 u32 stb_persist_kept(struct stb_tracker *t)
 {
+	stb_assert_control();
 	return kept_now(t, false);
 }
 
@@ -1402,6 +1404,7 @@ static struct notifier_block persist_pm_notifier = {
 
 static void place_release(void)
 {
+	stb_assert_control();
 	if (place.file) {
 		stb_file_unpin(place.file);
 		fput(place.file);

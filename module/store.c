@@ -104,6 +104,7 @@ static int store_append(struct stb_store *store, struct stb_store_piece *fresh,
 	struct stb_store_piece *longer, *old;
 	u32 i;
 
+	stb_assert_control();
 	longer = kvmalloc_array(store->nr_pieces + nr, sizeof(*longer),
 				GFP_KERNEL);
 	if (!longer)
