@@ -248,6 +248,38 @@ test.serial('the module stays as long as it is needed', async (t) => {
   await guest.loadModule();
 });
 
+test.serial(
+  'the module is refused where its hook cannot be had, and keeps it from others',
+  async (t) => {
+    const other = `insmod ${shellQuote(await buildKernelModule('other-filter', kernel))}`;
+    const tracing = (on: number) => `echo ${on} >/proc/sys/kernel/ftrace_enabled`;
+    await guest.run('rmmod stillblock');
+    for (const [prepare, undo] of [
+      [other, 'rmmod other_filter'],
+      [tracing(0), tracing(1)],
+    ] as const) {
+      await guest.run(prepare);
+      await t.throwsAsync(guest.loadModule(), { message: /resource busy/ });
+      const { stdout } = await guest.run(
+        `dmesg | grep 'stillblock: cannot hook' | tail -n1; ${undo}`,
+      );
+      t.regex(
+        stdout,
+        /another filter driver or a live patch holds it, or kernel.ftrace_enabled is 0/,
+      );
+    }
+    await guest.loadModule();
+    const [id] = await module.require(`attach ${node('raw')}`);
+    for (const command of [other, tracing(0)]) {
+      t.not((await guest.run(command, { check: false })).code, 0, command);
+    }
+    await module.require(`detach ${id}`);
+    await guest.run(other);
+    t.is(refusalIn(await module.ask(`attach ${node('raw')}`))?.reason, 'HOOK_BUSY');
+    await guest.run('rmmod other_filter');
+  },
+);
+
 test.serial('the module comes and goes under writes', async (t) => {
   t.timeout(10 * 60_000);
   const fio = guest.start(
