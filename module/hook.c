@@ -335,7 +335,7 @@ static int hook_register(u32 *reason)
 		/* ftrace has the same error for both. */
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
 		       ret == -EBUSY ?
-		       "another filter driver or a live patch holds it, or kernel.ftrace_enabled is 0" :
+		       "another filter or a live patch holds it, or kernel.ftrace_enabled is 0" :
 		       ret == -ENOMEM ? "no memory" :
 		       "this kernel lacks function tracing");
 		hook_free_filter();
