@@ -5,8 +5,10 @@
 #include <linux/types.h>
 #include <linux/workqueue.h>
 
-/* All work of the module; its workers make progress under memory pressure. */
+/* All other work of the module; its workers make progress under memory pressure. */
 extern struct workqueue_struct *stb_wq;
+/* I/O to stores, and reads of images: its workers may hang as their devices do. */
+extern struct workqueue_struct *stb_io_wq;
 /* Freezes of file systems, which may hang for as long as their devices do. */
 extern struct workqueue_struct *stb_freeze_wq;
 /*

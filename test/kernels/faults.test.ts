@@ -337,6 +337,26 @@ test.serial('stores that hang, suspended and delayed', async (t) => {
   await assertWriting(t);
 });
 
+/*
+ * A device takes so many requests at once; who submits another one waits. That must not
+ * be who releases held writes.
+ */
+test.serial('a store that hangs with its queue full', async (t) => {
+  const loop = '/dev/loop1';
+  await guest.run(
+    `set -e; losetup --direct-io=on ${loop} ${path('spare')}
+    echo none >/sys/block/loop1/queue/scheduler; echo 4 >/sys/block/loop1/queue/nr_requests`,
+  );
+  const [image = ''] = await module.require(
+    `take crowded trackers=${tracker('two')} stores=device:${loop}`,
+  );
+  await suspend('spare');
+  await assertFailed(t, 'crowded', image, 'STORE_TIMEOUT', hangLimitMs);
+  await assertWriting(t);
+  await mend('spare');
+  await guest.run(`losetup -d ${loop}`);
+});
+
 test.serial('an origin whose old data cannot be read', async (t) => {
   const held = await holdOne('unreadable', `memory:${storeBytes}`);
   const [image = ''] = await module.require(
