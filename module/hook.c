@@ -226,11 +226,13 @@ static noinline notrace stb_submit_ret_t hook_taken_slowly(struct bio *bio)
 
 /*
  * Run in the place of submit_bio_noacct() for a bio that no tracker has seen
- * yet, by a task that is due to wait.
+ * yet, by a task that is due to wait. Before 5.16 it is told here what to poll for,
+ * and we do not know.
  */
 static noinline notrace stb_submit_ret_t hook_slow(struct bio *bio)
 {
 	hook_wait_for_room();
+	bio_clear_polled(bio);
 	hook_pass(bio, 0, NULL);
 	atomic_dec(&nr_slowed);
 	return STB_SUBMITTED;
