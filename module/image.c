@@ -157,10 +157,8 @@ static void read_start(struct stb_image_read *read, bool worker)
 		struct stb_slots slots;
 		struct bio *clone;
 
-		if (!stb_snapshot_held(cow->snapshot)) {
-			read->status = BLK_STS_IOERR;
+		if (!stb_snapshot_held(cow->snapshot))
 			break;
-		}
 		clone = stb_bio_clone(origin, read->bio,
 				      worker ? GFP_NOIO : GFP_NOWAIT,
 				      &run_bios);
@@ -217,6 +215,9 @@ static void read_start(struct stb_image_read *read, bool worker)
 		atomic_inc(&read->pending);
 		submit_bio_noacct(clone);
 	}
+	/* As in run_end_io(), of what has been copied here. */
+	if (!stb_snapshot_held(cow->snapshot))
+		read->status = BLK_STS_IOERR;
 	read_put(read);
 }
 
