@@ -22,6 +22,7 @@ extern struct workqueue_struct *stb_thaw_wq;
  *   control mutex > hook_mutex
  *   control mutex > cow->lock > store->lock
  *   control mutex > snapshot->lock
+ *   control mutex > freeze->lock
  *   tracker->lock is taken inside the ftrace callback, under whatever locks a
  *   submitter of I/O holds: nothing but the work queue is used inside it.
  */

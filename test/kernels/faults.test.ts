@@ -490,6 +490,20 @@ test.serial('a file system that does not freeze in time', async (t) => {
   await guest.run(`e2fsck -fn /dev/${image} >/dev/null`);
 });
 
+test.serial('a file system that is frozen already', async (t) => {
+  await attach('mounted');
+  await guest.run('fsfreeze -f /srv/mounted');
+  const answer = await module.ask(
+    `take twice trackers=${tracker('mounted')} mounts=/srv/mounted stores=memory:${storeBytes}`,
+  );
+  // Where freezes nest, that of the kernel ends before the other one.
+  const nests = kernel === '6.12' || kernel === '7.2';
+  t.is(refusalIn(answer)?.reason, nests ? undefined : 'ALREADY_FROZEN', answer);
+  await guest.run(
+    'fsfreeze -u /srv/mounted && echo thawed >/srv/mounted/file && sync -f /srv/mounted',
+  );
+});
+
 test.serial('writes in flight that do not end', async (t) => {
   // A loop device has its requests in flight while what is beneath it waits.
   await guest.run(`losetup --direct-io=on /dev/loop0 ${path('spare')}`);
