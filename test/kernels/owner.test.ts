@@ -33,6 +33,8 @@ const mapped = '/dev/mapper/mounted';
 const reloads = 6;
 /** How often a snapshot ends while work of it takes its time to be queued. */
 const slowEnds = 40;
+/** How often one ends while it is read. */
+const readEnds = 4;
 const fioLimitMs = 120_000;
 /** More than a begin makes. */
 const manyCalls = 40;
@@ -221,6 +223,35 @@ test.serial('a snapshot ends while another processor is about to queue its work'
   await guest.run('rmmod slow_queue');
   guest.assertCleanConsole();
 });
+
+/** Reads an image for as long as it is there, and goes on for a while. */
+const reader = `
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer = mmap.mmap(-1, 65536)
+print("reads", flush=True)
+at = failed = 0
+while failed < 2000:
+    at = (at + 65536) % ${writtenBytes}
+    try: os.preadv(fd, [buffer], at)
+    except OSError: failed += 1
+`;
+
+test.serial(
+  'who reads an image while its snapshot ends gets errors, and none too late',
+  async (t) => {
+    const [id] = (await module.require('list'))[0]?.split(':') ?? [];
+    for (let round = 0; round < readEnds; round += 1) {
+      const [image] = await module.require(`take read trackers=${id} stores=memory:${32 * MiB}`);
+      const reads = guest.start(`exec python3 -c ${shellQuote(reader)} /dev/${image}`);
+      await reads.waitForOutput(/^reads$/m, askLimitMs);
+      // Some of it has been preserved by then.
+      await oracle.require('reach raw 20');
+      await module.require('close read');
+      t.is((await reads.wait(askLimitMs)).code, 0, reads.stderr);
+    }
+  },
+);
 
 test.serial('a store larger than the memory is refused', async (t) => {
   const [id] = (await module.require('list'))[0]?.split(':') ?? [];
