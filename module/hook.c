@@ -140,12 +140,13 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 		if (unlikely(hook_pressed(STB_HELD_TOO_MANY)))
 			stb_cow_overload(cow);
 	}
-	bio_list_add(&t->held, bio);
-	raw_spin_unlock_irqrestore(&t->lock, flags);
-
 	atomic64_inc(&t->nr_held_writes);
 	atomic_inc(&held_writes);
 	atomic64_add(hook_weight(bio), &held_sectors);
+	/* With the lock the bio goes: a worker may have ended it by then. */
+	bio_list_add(&t->held, bio);
+	raw_spin_unlock_irqrestore(&t->lock, flags);
+
 	trace_stillblock_hold(t->id, r.first, r.end - r.first, mode);
 	if (mode != STB_GATE)
 		queue_work(stb_wq, work);
