@@ -42,7 +42,10 @@
 #endif
 
 #if !STB_KERNEL(5, 16)
-/* Let a bio that was submitted for polling end in an interrupt. */
+/**
+ * bio_clear_polled() - let a bio that was submitted for polling end in an interrupt
+ * @bio: bio
+ */
 static inline void bio_clear_polled(struct bio *bio)
 {
 	bio->bi_opf &= ~REQ_HIPRI;
@@ -542,6 +545,22 @@ static inline int stb_add_disk(struct gendisk *disk)
 }
 
 /**
+ * stb_del_disk() - hide a disk
+ * @disk: disk of ours, visible
+ *
+ * When it returns no bio of whoever has it open still is in its driver, and none
+ * comes any more.
+ */
+static inline void stb_del_disk(struct gendisk *disk)
+{
+	del_gendisk(disk);
+#if !STB_KERNEL(5, 15)
+	/* Later kernels do it with the disk. */
+	blk_cleanup_queue(disk->queue);
+#endif
+}
+
+/**
  * stb_put_disk() - let go of a disk
  * @disk: disk of ours, not visible
  * @added: it has been visible
@@ -552,9 +571,10 @@ static inline void stb_put_disk(struct gendisk *disk, bool added)
 	struct request_queue *q = disk->queue;
 
 	/* A disk that was never added holds no reference to its queue. */
-	if (!added)
+	if (!added) {
 		disk->queue = NULL;
-	blk_cleanup_queue(q);
+		blk_cleanup_queue(q);
+	}
 #endif
 	put_disk(disk);
 }

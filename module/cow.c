@@ -7,6 +7,10 @@
  * the way of a write but the index of stored chunks and memory that is itself
  * the store; when that fails the snapshot fails, not the write.
  *
+ * A second one submits writes to the store and image reads. It may have to wait in
+ * a queue that is full, for as long as a device hangs; who releases held writes,
+ * and ends the snapshot, never does so for the store's.
+ *
  * A write is released when its chunks are open: their old data is in memory
  * on its way to the store, and no image read of them is in flight to the
  * origin. Two bitmaps keep these apart: `copied` turns new image reads away
@@ -15,6 +19,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/bio.h>
+#include <linux/bitmap.h>
 #include <linux/mm.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
@@ -32,6 +37,26 @@
 
 /* Writes looked at that have to wait while no job is free. */
 #define STB_MAX_STUCK	64
+/*
+ * What a held write waits for may fail: a plain GFP_NOIO goes on for as long as there
+ * is no memory, and there may be none before that write has gone.
+ */
+#define STB_GFP_COW	(GFP_NOIO | __GFP_RETRY_MAYFAIL | __GFP_NOWARN)
+
+/*
+ * bitmap_set() for all chunks that there may be: its own arguments are of 32 bits,
+ * and a device of more than 64 TiB has more of them.
+ */
+static void cow_set_bits(unsigned long *map, u64 first, u64 nr)
+{
+	while (nr) {
+		unsigned int step = min_t(u64, nr, INT_MAX);
+
+		bitmap_set(map + BIT_WORD(first), first % BITS_PER_LONG, step);
+		first += step;
+		nr -= step;
+	}
+}
 
 static void job_end_io(struct bio *bio)
 {
@@ -49,6 +74,7 @@ static void job_submit(struct stb_job *job, struct block_device *bdev,
 		       blk_opf_t opf, sector_t sector, unsigned int first_page,
 		       unsigned int bytes)
 {
+	struct stb_cow *cow = job->cow;
 	unsigned int page = first_page;
 
 	stb_bio_init(&job->bio, bdev, job->bvecs, STB_JOB_PAGES, opf);
@@ -61,11 +87,15 @@ static void job_submit(struct stb_job *job, struct block_device *bdev,
 		__bio_add_page(&job->bio, job->pages[page++], len, 0);
 		bytes -= len;
 	}
-	stb_snapshot_get(job->cow->snapshot);
-	if (op_is_write(opf))
-		stb_hook_submit_store(&job->bio, job->cow->snapshot);
-	else
+	stb_snapshot_get(cow->snapshot);
+	if (!op_is_write(opf)) {
 		stb_hook_submit(&job->bio);
+		return;
+	}
+	spin_lock_irq(&cow->lock);
+	/* cow_pass_on() has it submitted, together with others. */
+	bio_list_add(&cow->store_writes, &job->bio);
+	spin_unlock_irq(&cow->lock);
 }
 
 static void job_free(struct stb_cow *cow, struct stb_job *job)
@@ -92,6 +122,21 @@ static struct stb_job *job_covering(struct stb_cow *cow, u64 chunk)
 		if (chunk >= job->first && chunk < job->first + job->nr)
 			return job;
 	return NULL;
+}
+
+/*
+ * The last chunk of a device may be shorter, a slot of the store never is: what is
+ * behind its end shall not be what was in the kernel's memory before.
+ */
+static void job_clear_tail(struct stb_job *job, unsigned int bytes)
+{
+	unsigned int len;
+
+	for (; bytes < job->nr << STB_CHUNK_SHIFT; bytes += len) {
+		len = PAGE_SIZE - offset_in_page(bytes);
+		memset(page_address(job->pages[bytes >> PAGE_SHIFT]) +
+		       offset_in_page(bytes), 0, len);
+	}
 }
 
 /* Begin to copy @nr chunks at most, from @chunk on, which no job covers. */
@@ -123,6 +168,7 @@ static u64 job_start(struct stb_cow *cow, u64 chunk, u64 nr)
 	spin_unlock_irq(&cow->lock);
 
 	sectors = min_t(u64, nr * STB_CHUNK_SECT, cow->nr_sect - sector);
+	job_clear_tail(job, sectors << SECTOR_SHIFT);
 	trace_stillblock_preserve(t->id, sector, sectors);
 	job_submit(job, t->dev.bdev, REQ_OP_READ, sector, 0,
 		   sectors << SECTOR_SHIFT);
@@ -139,7 +185,7 @@ static void job_try_open(struct stb_cow *cow, struct stb_job *job)
 	list_for_each_entry(reader, &cow->readers, node)
 		if (reader->first <= last && reader->last >= job->first)
 			goto unlock;
-	bitmap_set(cow->open, job->first, job->nr);
+	cow_set_bits(cow->open, job->first, job->nr);
 	job->opened = true;
 	cow->nr_closed--;
 unlock:
@@ -154,7 +200,7 @@ static int job_index(struct stb_cow *cow, struct stb_job *job)
 
 	for (i = 0; i < job->storing; i++) {
 		ret = xa_err(xa_store(&cow->slots, job->first + job->stored + i,
-				      xa_mk_value(job->slot + i), GFP_NOIO));
+				      xa_mk_value(job->slot + i), STB_GFP_COW));
 		if (ret)
 			return ret;
 	}
@@ -170,7 +216,7 @@ static int job_keep_pages(struct stb_job *job, struct stb_slots *where)
 	unsigned int i;
 
 	for (i = 0; i < where->nr * STB_CHUNK_PAGES; i++) {
-		struct page *fresh = alloc_page(GFP_NOIO | __GFP_NOWARN);
+		struct page *fresh = alloc_page(STB_GFP_COW);
 
 		if (!fresh)
 			return -ENOMEM;
@@ -229,7 +275,7 @@ static void job_step(struct stb_cow *cow, struct stb_job *job)
 			return;
 		}
 		spin_lock_irq(&cow->lock);
-		bitmap_set(cow->copied, job->first, job->nr);
+		cow_set_bits(cow->copied, job->first, job->nr);
 		job->state = STB_JOB_STORING;
 		cow->nr_closed++;
 		spin_unlock_irq(&cow->lock);
@@ -371,6 +417,67 @@ static void cow_serve_waiting(struct stb_cow *cow)
 	bio_list_merge(&cow->waiting, &waiting);
 }
 
+/*
+ * Have written to the store what was read, and looked at image reads again that were
+ * put off: something may be stored now. Those of a snapshot that has failed wait for
+ * no device, they fail here.
+ */
+static void cow_pass_on(struct stb_cow *cow)
+{
+	LIST_HEAD(failed);
+	bool any;
+
+	spin_lock_irq(&cow->lock);
+	if (!stb_snapshot_held(cow->snapshot)) {
+		list_splice_init(&cow->deferred, &failed);
+		list_splice_init(&cow->retried, &failed);
+	}
+	any = !bio_list_empty(&cow->store_writes) || !list_empty(&cow->deferred);
+	spin_unlock_irq(&cow->lock);
+	if (any)
+		stb_cow_kick_io(cow);
+	stb_image_retry(cow, &failed);
+}
+
+/* Take the next read to look at, or leave @one empty. */
+static bool cow_next_read(struct stb_cow *cow, struct list_head *one)
+{
+	spin_lock_irq(&cow->lock);
+	if (!list_empty(&cow->retried))
+		list_move(cow->retried.next, one);
+	spin_unlock_irq(&cow->lock);
+	return !list_empty(one);
+}
+
+static void cow_io_work(struct work_struct *work)
+{
+	struct stb_cow *cow = container_of(work, struct stb_cow, io_work);
+	unsigned int noio = memalloc_noio_save();
+	struct bio_list writes;
+	struct blk_plug plug;
+	LIST_HEAD(one);
+	struct bio *bio;
+
+	spin_lock_irq(&cow->lock);
+	writes = cow->store_writes;
+	bio_list_init(&cow->store_writes);
+	/* Once each: what has to wait still is deferred again. */
+	list_splice_tail_init(&cow->deferred, &cow->retried);
+	spin_unlock_irq(&cow->lock);
+
+	blk_start_plug(&plug);
+	while ((bio = bio_list_pop(&writes))) {
+		if (stb_snapshot_held(cow->snapshot))
+			stb_hook_submit_store(bio, cow->snapshot);
+		else
+			bio_io_error(bio);
+	}
+	while (cow_next_read(cow, &one))
+		stb_image_retry(cow, &one);
+	blk_finish_plug(&plug);
+	memalloc_noio_restore(noio);
+}
+
 static void cow_work(struct work_struct *work)
 {
 	struct stb_cow *cow = container_of(work, struct stb_cow, work);
@@ -378,7 +485,6 @@ static void cow_work(struct work_struct *work)
 	bool ending = smp_load_acquire(&cow->ending);
 	unsigned int noio = memalloc_noio_save();
 	struct blk_plug plug;
-	LIST_HEAD(reads);
 
 	blk_start_plug(&plug);
 	if (READ_ONCE(cow->overloaded))
@@ -389,11 +495,7 @@ static void cow_work(struct work_struct *work)
 	/* It may have failed in between, after some were put back. */
 	if (!stb_snapshot_held(cow->snapshot))
 		cow_serve_waiting(cow);
-
-	spin_lock_irq(&cow->lock);
-	list_splice_init(&cow->deferred, &reads);
-	spin_unlock_irq(&cow->lock);
-	stb_image_retry(cow, &reads);
+	cow_pass_on(cow);
 	blk_finish_plug(&plug);
 	memalloc_noio_restore(noio);
 	if (ending)
@@ -410,11 +512,23 @@ void stb_cow_kick(struct stb_cow *cow)
 }
 
 /**
+ * stb_cow_kick_io() - let what has been put off be submitted
+ * @cow: cow
+ */
+void stb_cow_kick_io(struct stb_cow *cow)
+{
+	queue_work(stb_io_wq, &cow->io_work);
+}
+
+/**
  * stb_cow_attach() - begin to preserve: the flip
  * @cow: cow, whose tracker is gated
+ *
+ * Context: control mutex held.
  */
 void stb_cow_attach(struct stb_cow *cow)
 {
+	stb_assert_control();
 	stb_tracker_set_mode(cow->tracker, STB_COW, cow);
 	stb_cow_kick(cow);
 }
@@ -427,11 +541,14 @@ void stb_cow_attach(struct stb_cow *cow)
  * the work would not do: while another processor is about to queue it, between
  * its mark and the list, queueing it does nothing and flushing it finds nothing.
  * But whoever finds it marked is seen by the run that follows.
+ *
+ * Context: control mutex held.
  */
 void stb_cow_detach(struct stb_cow *cow)
 {
 	struct stb_tracker *t = cow->tracker;
 
+	stb_assert_control();
 	stb_tracker_set_mode(t, STB_PASS, NULL);
 	/* Pairs with the acquire in cow_work(). */
 	smp_store_release(&cow->ending, true);
@@ -478,11 +595,14 @@ u32 stb_cow_overdue(struct stb_cow *cow)
  * @r: in: sectors wanted; out: shortened to what lies in one place
  * @reader: filled and registered for STB_PLACE_ORIGIN
  * @slots: out: place of the first chunk, for STB_PLACE_STORE
+ * @read: put on @cow->deferred for STB_PLACE_IN_TRANSIT, and somebody else's then.
+ *	At once, so that the worker sees it when it has stored that chunk
  *
  * Return: which place that is.
  */
 enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
-			    struct stb_reader *reader, struct stb_slots *slots)
+			    struct stb_reader *reader, struct stb_slots *slots,
+			    struct list_head *read)
 {
 	u64 chunk = stb_chunk_of(r->first);
 	u64 last = stb_last_chunk(*r);
@@ -508,6 +628,8 @@ enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
 		place = area ? STB_PLACE_ZERO : STB_PLACE_IN_TRANSIT;
 		if (area)
 			end = min(last + 1, area->end);
+		else
+			list_add_tail(read, &cow->deferred);
 		goto unlock;
 	}
 	place = STB_PLACE_ERROR;
@@ -585,7 +707,7 @@ int stb_cow_add_area(struct stb_cow *cow, u64 first, u64 end)
 		cow->max_areas = max;
 	}
 	cow->areas[cow->nr_areas++] = (struct stb_area){ first, end };
-	bitmap_set(cow->copied, first, end - first);
+	cow_set_bits(cow->copied, first, end - first);
 	return 0;
 }
 
@@ -677,10 +799,13 @@ int stb_cow_init(struct stb_cow *cow, struct stb_snapshot *snapshot,
 	spin_lock_init(&cow->lock);
 	INIT_LIST_HEAD(&cow->readers);
 	INIT_LIST_HEAD(&cow->deferred);
+	INIT_LIST_HEAD(&cow->retried);
+	bio_list_init(&cow->store_writes);
 	INIT_LIST_HEAD(&cow->active);
 	INIT_LIST_HEAD(&cow->free);
 	bio_list_init(&cow->waiting);
 	INIT_WORK(&cow->work, cow_work);
+	INIT_WORK(&cow->io_work, cow_io_work);
 	init_completion(&cow->ended);
 
 	bytes = BITS_TO_LONGS(cow->nr_chunks) * sizeof(long);
@@ -700,6 +825,7 @@ void stb_cow_destroy(struct stb_cow *cow)
 	unsigned int i, page;
 
 	cancel_work_sync(&cow->work);
+	cancel_work_sync(&cow->io_work);
 	WARN_ON_ONCE(!bio_list_empty(&cow->waiting));
 	for (i = 0; cow->jobs && i < STB_NR_JOBS; i++)
 		for (page = 0; page < STB_JOB_PAGES; page++)

@@ -112,15 +112,18 @@ struct stb_area {
  * @nr_areas: length of @areas
  * @max_areas: room in @areas
  * @overloaded: too many writes wait; set by the hook
- * @lock: protects @readers, @deferred, @active, changes of the bitmaps and
- *	job->done
+ * @lock: protects @readers, @deferred, @retried, @store_writes, @active, changes
+ *	of the bitmaps and job->done
  * @readers: image reads in flight to the origin
- * @deferred: image reads for @work: mixed, or waiting for a chunk to be stored
+ * @deferred: image reads for @io_work: mixed, or waiting for a chunk to be stored
+ * @retried: those that it looks at now
+ * @store_writes: I/O of jobs to the store, for @io_work
  * @active: jobs under way
  * @free: jobs that are not; worker only
  * @nr_closed: jobs whose chunks wait for readers before they open
  * @waiting: held writes that the worker has taken over; worker only
- * @work: does everything
+ * @work: does everything that decides
+ * @io_work: submits what a store that hangs may keep it from submitting
  * @ending: the next run of @work that sees this lets everything go and completes
  *	@ended
  * @ended: @work holds no write any more
@@ -141,11 +144,14 @@ struct stb_cow {
 	spinlock_t lock;	/* see above */
 	struct list_head readers;
 	struct list_head deferred;
+	struct list_head retried;
+	struct bio_list store_writes;
 	struct list_head active;
 	struct list_head free;
 	unsigned int nr_closed;
 	struct bio_list waiting;
 	struct work_struct work;
+	struct work_struct io_work;
 	bool ending;
 	struct completion ended;
 	struct stb_job *jobs;
@@ -156,7 +162,7 @@ struct stb_cow {
  * @STB_PLACE_ORIGIN: on the origin; the reader has been registered
  * @STB_PLACE_STORE: in the store
  * @STB_PLACE_ZERO: nowhere: the store was here at the instant
- * @STB_PLACE_IN_TRANSIT: on its way to the store: wait
+ * @STB_PLACE_IN_TRANSIT: on its way to the store; the read has been put off
  * @STB_PLACE_ERROR: lost
  */
 enum stb_place {
@@ -177,10 +183,12 @@ bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
 void stb_cow_attach(struct stb_cow *cow);
 void stb_cow_detach(struct stb_cow *cow);
 void stb_cow_kick(struct stb_cow *cow);
+void stb_cow_kick_io(struct stb_cow *cow);
 u32 stb_cow_overdue(struct stb_cow *cow);
 
 enum stb_place stb_cow_find(struct stb_cow *cow, struct stb_range *r,
-			    struct stb_reader *reader, struct stb_slots *slots);
+			    struct stb_reader *reader, struct stb_slots *slots,
+			    struct list_head *read);
 void stb_cow_reader_done(struct stb_cow *cow, struct stb_reader *reader);
 bool stb_cow_all_clean(struct stb_cow *cow, struct stb_range r);
 

@@ -140,12 +140,13 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 		if (unlikely(hook_pressed(STB_HELD_TOO_MANY)))
 			stb_cow_overload(cow);
 	}
-	bio_list_add(&t->held, bio);
-	raw_spin_unlock_irqrestore(&t->lock, flags);
-
 	atomic64_inc(&t->nr_held_writes);
 	atomic_inc(&held_writes);
 	atomic64_add(hook_weight(bio), &held_sectors);
+	/* With the lock the bio goes: a worker may have ended it by then. */
+	bio_list_add(&t->held, bio);
+	raw_spin_unlock_irqrestore(&t->lock, flags);
+
 	trace_stillblock_hold(t->id, r.first, r.end - r.first, mode);
 	if (mode != STB_GATE)
 		queue_work(stb_wq, work);
@@ -226,11 +227,13 @@ static noinline notrace stb_submit_ret_t hook_taken_slowly(struct bio *bio)
 
 /*
  * Run in the place of submit_bio_noacct() for a bio that no tracker has seen
- * yet, by a task that is due to wait.
+ * yet, by a task that is due to wait. Before 5.16 it is told here what to poll for,
+ * and we do not know.
  */
 static noinline notrace stb_submit_ret_t hook_slow(struct bio *bio)
 {
 	hook_wait_for_room();
+	bio_clear_polled(bio);
 	hook_pass(bio, 0, NULL);
 	atomic_dec(&nr_slowed);
 	return STB_SUBMITTED;
@@ -332,11 +335,12 @@ static int hook_register(u32 *reason)
 		*reason = ret == -EBUSY ? STILLBLOCK_REASON_HOOK_BUSY :
 			  ret == -ENOMEM ? STILLBLOCK_REASON_NO_MEMORY :
 					   STILLBLOCK_REASON_HOOK_UNAVAILABLE;
+		/* ftrace has the same error for both. */
 		pr_err("cannot hook %s (%d): %s\n", STB_HOOK_TARGET, ret,
 		       ret == -EBUSY ?
-		       "another filter driver or a live patch holds it; unload that first" :
+		       "another filter or a live patch holds it, or kernel.ftrace_enabled is 0" :
 		       ret == -ENOMEM ? "no memory" :
-		       "this kernel lacks function tracing, or kernel.ftrace_enabled is 0");
+		       "this kernel lacks function tracing");
 		hook_free_filter();
 	}
 	return ret;

@@ -115,7 +115,17 @@ static void run_copy(struct bio *bio, struct stb_slots *slots,
 	}
 }
 
-static void read_defer(struct stb_image_read *read, bool kick)
+/*
+ * A read has been put off, and is somebody else's by now. If the snapshot failed
+ * before that, nobody may look for it: who does may hang where the store does.
+ */
+static void read_deferred(struct stb_cow *cow)
+{
+	if (!stb_snapshot_held(cow->snapshot))
+		stb_cow_kick(cow);
+}
+
+static void read_defer(struct stb_image_read *read)
 {
 	struct stb_cow *cow = read->cow;
 	unsigned long flags;
@@ -123,14 +133,13 @@ static void read_defer(struct stb_image_read *read, bool kick)
 	spin_lock_irqsave(&cow->lock, flags);
 	list_add_tail(&read->node, &cow->deferred);
 	spin_unlock_irqrestore(&cow->lock, flags);
-	if (kick)
-		stb_cow_kick(cow);
+	stb_cow_kick_io(cow);
+	read_deferred(cow);
 }
 
 /*
- * Start all of the read that can be. @worker tells the worker of the cow from
- * a submitter: chunks get stored by the worker alone, so what it defers it
- * will see again by itself, while a submitter has to call it.
+ * Start all of the read that can be. @worker tells a worker of the cow from a
+ * submitter, who must not wait for memory.
  */
 static void read_start(struct stb_image_read *read, bool worker)
 {
@@ -148,26 +157,25 @@ static void read_start(struct stb_image_read *read, bool worker)
 		struct stb_slots slots;
 		struct bio *clone;
 
-		if (!stb_snapshot_held(cow->snapshot)) {
-			read->status = BLK_STS_IOERR;
+		if (!stb_snapshot_held(cow->snapshot))
 			break;
-		}
 		clone = stb_bio_clone(origin, read->bio,
 				      worker ? GFP_NOIO : GFP_NOWAIT,
 				      &run_bios);
 		if (!clone) {
-			read_defer(read, true);
+			read_defer(read);
 			return;
 		}
 		run = container_of(clone, struct stb_image_run, bio);
 		run->read = read;
 		run->origin = false;
 
-		place = stb_cow_find(cow, &r, &run->reader, &slots);
+		place = stb_cow_find(cow, &r, &run->reader, &slots,
+				     &read->node);
 		switch (place) {
 		case STB_PLACE_IN_TRANSIT:
 			bio_put(clone);
-			read_defer(read, !worker);
+			read_deferred(cow);
 			return;
 		case STB_PLACE_ERROR:
 			bio_put(clone);
@@ -207,15 +215,18 @@ static void read_start(struct stb_image_read *read, bool worker)
 		atomic_inc(&read->pending);
 		submit_bio_noacct(clone);
 	}
+	/* As in run_end_io(), of what has been copied here. */
+	if (!stb_snapshot_held(cow->snapshot))
+		read->status = BLK_STS_IOERR;
 	read_put(read);
 }
 
 /**
- * stb_image_retry() - go on with reads that waited for the worker
+ * stb_image_retry() - go on with reads that were put off
  * @cow: cow
- * @reads: list of struct stb_image_read
+ * @reads: list of struct stb_image_read, empty then
  *
- * Context: the cow's worker.
+ * Context: a worker of the cow.
  */
 void stb_image_retry(struct stb_cow *cow, struct list_head *reads)
 {
@@ -245,6 +256,11 @@ static stb_submit_ret_t image_submit_bio(struct bio *bio)
 		bio_endio(bio);
 		return STB_SUBMITTED;
 	}
+	/* No worker is waited for then: it may hang where the store does. */
+	if (!stb_snapshot_held(image->snapshot)) {
+		bio_io_error(bio);
+		return STB_SUBMITTED;
+	}
 	read = mempool_alloc(read_pool, GFP_NOIO);
 	read->cow = cow;
 	read->bio = bio;
@@ -260,7 +276,7 @@ static stb_submit_ret_t image_submit_bio(struct bio *bio)
 	if (stb_cow_all_clean(cow, r))
 		read_start(read, false);
 	else
-		read_defer(read, true);
+		read_defer(read);
 	return STB_SUBMITTED;
 }
 
@@ -364,7 +380,7 @@ int stb_image_add(struct stb_image *image)
 void stb_image_del(struct stb_image *image)
 {
 	if (image->visible)
-		del_gendisk(image->disk);
+		stb_del_disk(image->disk);
 	image->visible = false;
 }
 

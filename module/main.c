@@ -18,6 +18,7 @@
 #include "trace.h"
 
 struct workqueue_struct *stb_wq;
+struct workqueue_struct *stb_io_wq;
 struct workqueue_struct *stb_freeze_wq;
 struct workqueue_struct *stb_thaw_wq;
 
@@ -31,9 +32,13 @@ static int __init stb_init(void)
 	stb_wq = alloc_workqueue(KBUILD_MODNAME, WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!stb_wq)
 		return ret;
+	stb_io_wq = alloc_workqueue(KBUILD_MODNAME "_io",
+				    WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
+	if (!stb_io_wq)
+		goto destroy_wq;
 	stb_freeze_wq = alloc_workqueue(KBUILD_MODNAME "_freeze", WQ_UNBOUND, 0);
 	if (!stb_freeze_wq)
-		goto destroy_wq;
+		goto destroy_io_wq;
 	stb_thaw_wq = alloc_workqueue(KBUILD_MODNAME "_thaw",
 				      WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!stb_thaw_wq)
@@ -62,6 +67,8 @@ destroy_thaw_wq:
 	destroy_workqueue(stb_thaw_wq);
 destroy_freeze_wq:
 	destroy_workqueue(stb_freeze_wq);
+destroy_io_wq:
+	destroy_workqueue(stb_io_wq);
 destroy_wq:
 	destroy_workqueue(stb_wq);
 	return ret;
@@ -74,6 +81,7 @@ static void __exit stb_exit(void)
 	/* What was left to a worker may just be returning from it. */
 	destroy_workqueue(stb_thaw_wq);
 	destroy_workqueue(stb_freeze_wq);
+	destroy_workqueue(stb_io_wq);
 	destroy_workqueue(stb_wq);
 	stb_hook_quiesce();
 	stb_image_module_exit();

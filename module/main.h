@@ -5,8 +5,10 @@
 #include <linux/types.h>
 #include <linux/workqueue.h>
 
-/* All work of the module; its workers make progress under memory pressure. */
+/* All other work of the module; its workers make progress under memory pressure. */
 extern struct workqueue_struct *stb_wq;
+/* I/O to stores, and reads of images: its workers may hang as their devices do. */
+extern struct workqueue_struct *stb_io_wq;
 /* Freezes of file systems, which may hang for as long as their devices do. */
 extern struct workqueue_struct *stb_freeze_wq;
 /*
@@ -20,6 +22,7 @@ extern struct workqueue_struct *stb_thaw_wq;
  *   control mutex > hook_mutex
  *   control mutex > cow->lock > store->lock
  *   control mutex > snapshot->lock
+ *   control mutex > freeze->lock
  *   tracker->lock is taken inside the ftrace callback, under whatever locks a
  *   submitter of I/O holds: nothing but the work queue is used inside it.
  */

@@ -337,6 +337,7 @@ static struct persist_piece *place_piece(u64 page)
 static int place_rw(u64 page, u32 first, u32 nr, blk_opf_t opf,
 		    enum persist_way way)
 {
+	stb_assert_control();
 	while (nr) {
 		struct persist_piece *p = place_piece(page);
 		u64 into = page - p->first;
@@ -948,6 +949,9 @@ static u32 record_refusal(struct stb_tracker *t, const struct stb_record *saved)
 		return STILLBLOCK_HISTORY_RESIZED;
 	if (le32_to_cpu(saved->block_shift) != map->block_shift)
 		return STILLBLOCK_HISTORY_BLOCK_SIZE;
+	/* What is not ours may have the right hash, and reach beyond the place. */
+	if (le64_to_cpu(saved->nr_pages) != map_pages(map->nr_blocks))
+		return STILLBLOCK_HISTORY_DAMAGED;
 	return 0;
 }
 
@@ -1157,6 +1161,7 @@ static u32 kept_now(struct stb_tracker *t, bool anew)
  */
 u32 stb_persist_kept(struct stb_tracker *t)
 {
+	stb_assert_control();
 	return kept_now(t, false);
 }
 
@@ -1399,6 +1404,7 @@ static struct notifier_block persist_pm_notifier = {
 
 static void place_release(void)
 {
+	stb_assert_control();
 	if (place.file) {
 		stb_file_unpin(place.file);
 		fput(place.file);
@@ -1612,6 +1618,11 @@ static int place_open(const struct stillblock_place *args, u32 *reason)
 	dev_t dev;
 	int ret;
 
+	*reason = STILLBLOCK_REASON_PLACE_UNSUITABLE;
+	if (!memchr_inv(args->boot_id, 0, sizeof(args->boot_id))) {
+		pr_err("a place of histories needs the id of this boot: zeroes would be that of every boot\n");
+		return -EINVAL;
+	}
 	*reason = STILLBLOCK_REASON_NOT_BLOCK_DEVICE;
 	ret = stb_dev_of_fd(args->bdev_fd, &dev);
 	if (ret)

@@ -9,6 +9,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/anon_inodes.h>
+#include <linux/capability.h>
 #include <linux/fcntl.h>
 #include <linux/fs.h>
 #include <linux/module.h>
@@ -639,6 +640,9 @@ static long snapshot_ioc_add_store(struct stb_snapshot *s, void __user *arg)
 	struct stillblock_add_store args;
 	long ret;
 
+	/* Whoever has been given the snapshot's descriptor may not take devices. */
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
 	if (copy_from_user(&args, arg, sizeof(args)))
 		return -EFAULT;
 	if (args.flags)

@@ -104,6 +104,7 @@ static int store_append(struct stb_store *store, struct stb_store_piece *fresh,
 	struct stb_store_piece *longer, *old;
 	u32 i;
 
+	stb_assert_control();
 	longer = kvmalloc_array(store->nr_pieces + nr, sizeof(*longer),
 				GFP_KERNEL);
 	if (!longer)
@@ -119,8 +120,8 @@ static int store_append(struct stb_store *store, struct stb_store_piece *fresh,
 	}
 	store->pieces = longer;
 	store->nr_pieces += nr;
-	if (store->capacity - store->used >= store->low_watermark)
-		store->low_told = false;
+	/* Told again at the next slot where this was not enough. */
+	store->low_told = false;
 	spin_unlock_irq(&store->lock);
 	kvfree(old);
 	return 0;
@@ -139,13 +140,14 @@ static int store_add_memory(struct stb_store *store, u64 limit, u32 *reason)
 	*reason = STILLBLOCK_REASON_NO_MEMORY;
 	if (limit >> PAGE_SHIFT > totalram_pages())
 		return -ENOMEM;
-	piece.pages = kvcalloc(piece.nr_slots * STB_CHUNK_PAGES,
-			       sizeof(*piece.pages), GFP_KERNEL);
+	/* For 1 TiB that is more than kvmalloc() gives, which warns. */
+	piece.pages = vzalloc(array_size(piece.nr_slots * STB_CHUNK_PAGES,
+					 sizeof(*piece.pages)));
 	if (!piece.pages)
 		return -ENOMEM;
 	ret = store_append(store, &piece, 1);
 	if (ret)
-		kvfree(piece.pages);
+		vfree(piece.pages);
 	return ret;
 }
 
@@ -286,7 +288,8 @@ static int store_add_device(struct stb_store *store,
 	if (ret)
 		return ret;
 	*reason = STILLBLOCK_REASON_STORE_BUSY;
-	ret = stb_bdev_open(dev, STB_OPEN_READ | STB_OPEN_WRITE, store,
+	/* The same holder may claim a device twice, so that this piece is it. */
+	ret = stb_bdev_open(dev, STB_OPEN_READ | STB_OPEN_WRITE, hold,
 			    &hold->dev);
 	if (ret) {
 		hold->dev.bdev = NULL;
@@ -409,7 +412,7 @@ void stb_store_destroy(struct stb_store *store)
 			if (!(page & 0xffff))
 				cond_resched();
 		}
-		kvfree(p->pages);
+		vfree(p->pages);
 	}
 	kvfree(store->pieces);
 	store->pieces = NULL;

@@ -279,12 +279,14 @@ static int tracker_drain_queue(struct stb_tracker *t, unsigned long deadline)
  * stb_tracker_settle() - prepare for the gate, while nothing is frozen yet
  * @t: tracker
  *
+ * Context: control mutex held.
  * Return: true when the caller has to wait for RCU tasks before it gates: a task
  * may have been preempted between the hook and the queue with a write that was
  * not counted.
  */
 bool stb_tracker_settle(struct stb_tracker *t)
 {
+	stb_assert_control();
 	if (READ_ONCE(t->uncounted) != STB_UNCOUNTED_ANYWHERE)
 		return false;
 	WRITE_ONCE(t->uncounted, STB_UNCOUNTED_QUEUED);
@@ -297,6 +299,7 @@ bool stb_tracker_settle(struct stb_tracker *t)
  *	or its writes would wait at the gate of the lower one for ever
  * @deadline: jiffies
  *
+ * Context: control mutex held.
  * Return: 0 when no write of the device is in flight and none will start until
  * the mode changes; -ETIMEDOUT.
  */
@@ -304,6 +307,7 @@ int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline)
 {
 	int ret;
 
+	stb_assert_control();
 	stb_tracker_set_mode(t, STB_GATE, NULL);
 	/* Whoever decided by the mode before has counted its write behind this. */
 	synchronize_rcu_expedited();
@@ -329,9 +333,12 @@ int stb_tracker_gate(struct stb_tracker *t, unsigned long deadline)
  * @t: tracker in STB_PASS or STB_GATE
  *
  * All held writes go on, marked with the number that is still in force.
+ *
+ * Context: control mutex held.
  */
 void stb_tracker_ungate(struct stb_tracker *t)
 {
+	stb_assert_control();
 	stb_tracker_set_mode(t, STB_PASS, NULL);
 	queue_work(stb_wq, &t->work);
 	flush_work(&t->work);
@@ -496,6 +503,7 @@ static struct stb_tracker *tracker_of(struct block_device *bdev)
 	struct stb_tracker *t;
 	unsigned long id;
 
+	stb_assert_control();
 	xa_for_each(&trackers, id, t)
 		if (t->dev.bdev == bdev)
 			return t;

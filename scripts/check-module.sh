@@ -70,7 +70,7 @@ undocumented() {
     for header in module/*.h; do
         while read -r name; do
             grep -qF " * $name - " module/*.[ch] || echo "$header: no kernel-doc: $name"
-        done < <(sed -nE 's/^((struct|enum) stb_[a-z0-9_]+) \{$/\1/p; /^[#\t ]/!s/^(.*[ *])?(stb_[a-z0-9_]+)\(.*/\2()/p' "$header" | sort -u)
+        done < <(sed -nE 's/^((struct|enum) stb_[a-z0-9_]+) \{$/\1/p; /^[#\t ]/!s/^(.*[ *])?([a-z][a-z0-9_]+)\(.*/\2()/p' "$header" | sort -u)
     done
 }
 

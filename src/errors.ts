@@ -89,8 +89,8 @@ export const REASON_WORDS: Readonly<Record<string, Words>> = {
     advice: 'end that with stillblock backup end first',
   },
   HOOK_BUSY: {
-    message: "another product's filter sits where writes are seen",
-    advice: "unload the other backup product's kernel module, then try again",
+    message: "another product's filter sits where writes are seen, or function tracing is off",
+    advice: "unload the other backup product's kernel module, or sysctl kernel.ftrace_enabled=1",
   },
   HOOK_UNAVAILABLE: {
     message: 'this kernel offers no place where writes can be seen',

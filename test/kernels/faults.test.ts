@@ -264,7 +264,14 @@ test.after.always(async () => {
   await rm(folder, { recursive: true, force: true });
 });
 
+const tracing = '/sys/kernel/tracing';
+/** The first line of each kind of what our tracepoints have said. */
+const traced = `awk 'match($0, /stillblock_[a-z]+: .*/) {
+    line = substr($0, RSTART); split(line, words, ":"); if (!seen[words[1]]++) print line
+  }' ${tracing}/trace`;
+
 test.serial('a store that is full', async (t) => {
+  await guest.run(`echo >${tracing}/trace; echo 1 >${tracing}/events/stillblock/enable`);
   // Two MiB are full at once: nobody writes until the images are served.
   await oracle.require('stop one');
   const held = await holdOne('full', `memory:${2 * MiB}`, '--store memory --store-size 2M');
@@ -275,6 +282,12 @@ test.serial('a store that is full', async (t) => {
   await assertEnded(t, held, { reason: 'STORE_FULL', code: overflow, says: /store is full/ });
   await assertFailed(t, 'full', image, 'STORE_FULL');
   await assertWriting(t);
+  const { stdout } = await guest.run(`echo 0 >${tracing}/events/stillblock/enable; ${traced}`);
+  t.regex(stdout, /^stillblock_hold: tracker \d+ sector \d+ \+ \d+ mode [12]$/m);
+  t.regex(stdout, /^stillblock_preserve: tracker \d+ sector \d+ \+ \d+$/m);
+  t.regex(stdout, /^stillblock_release: tracker \d+ sector \d+ \+ \d+$/m);
+  const [, reason] = /^stillblock_fail: reason (\d+)$/m.exec(stdout) ?? [];
+  t.is(reasonName(Number(reason)), 'STORE_FULL', stdout);
 });
 
 for (const [name, what, table] of [
@@ -324,6 +337,26 @@ test.serial('stores that hang, suspended and delayed', async (t) => {
   await assertWriting(t);
 });
 
+/*
+ * A device takes so many requests at once; who submits another one waits. That must not
+ * be who releases held writes.
+ */
+test.serial('a store that hangs with its queue full', async (t) => {
+  const loop = '/dev/loop1';
+  await guest.run(
+    `set -e; losetup --direct-io=on ${loop} ${path('spare')}
+    echo none >/sys/block/loop1/queue/scheduler; echo 4 >/sys/block/loop1/queue/nr_requests`,
+  );
+  const [image = ''] = await module.require(
+    `take crowded trackers=${tracker('two')} stores=device:${loop}`,
+  );
+  await suspend('spare');
+  await assertFailed(t, 'crowded', image, 'STORE_TIMEOUT', hangLimitMs);
+  await assertWriting(t);
+  await mend('spare');
+  await guest.run(`losetup -d ${loop}`);
+});
+
 test.serial('an origin whose old data cannot be read', async (t) => {
   const held = await holdOne('unreadable', `memory:${storeBytes}`);
   const [image = ''] = await module.require(
@@ -359,6 +392,47 @@ test.serial('origins that hang: reads delayed, everything suspended', async (t) 
   await oracle.require('start two');
   await assertWriting(t);
 });
+
+/** Most writes that may wait before their submitters are slowed down; the module's. */
+const heldWrites = 4096;
+/** Beyond that, how many times as many fail the snapshot. */
+const heldTooMany = 16;
+const slowedMs = 500;
+
+// It counts on submitting them faster than the checkers let anybody.
+if (kernel !== 'debug') {
+  test.serial('more writes wait than the server can bear', async (t) => {
+    t.timeout(10 * 60_000);
+    await attach('spare');
+    await guest.run(`echo ${1 << 20} >/proc/sys/fs/aio-max-nr`);
+    // It is opened while its device says that it can do without waiting.
+    await module.require(`flood ${path('spare')} 0`);
+    const [image = ''] = await module.require(
+      `take flood trackers=${tracker('spare')} stores=memory:${storeBytes}`,
+    );
+    // No chunk is late, but only a few can be read at once.
+    await swap(
+      'spare',
+      `0 ${sectors('spare')} delay ${node('spare')} 0 20000 ${node('spare')} 0 0`,
+    );
+    const flood = (count: number, how = ''): Promise<number> =>
+      module.require(`flood ${path('spare')} ${count} ${how}`).then(([ms]) => Number(ms));
+    const room = 96;
+    const beyond = 8;
+    const easyMs = await flood(heldWrites - room);
+    const hardMs = await flood(room + beyond);
+    t.log(`${heldWrites - room} writes in ${easyMs} ms, ${room + beyond} in ${hardMs} ms`);
+    t.true(hardMs >= (beyond * slowedMs * 3) / 4, 'nobody was slowed down');
+    t.is((await module.require('state flood'))[0], 'held');
+    // Who may not wait is not slowed down: the snapshot goes before the server.
+    await flood(heldWrites * (heldTooMany + 2), 'nowait');
+    await assertFailed(t, 'flood', image, 'OVERLOADED');
+    await mend('spare');
+    const [good] = await module.require('ebb');
+    t.true(Number(good) >= heldWrites * heldTooMany, `${good} writes that waited have succeeded`);
+    await assertWriting(t);
+  });
+}
 
 test.serial('an origin that fails altogether', async (t) => {
   for (const name of ['one', 'two']) await oracle.require(`stop ${name}`);
@@ -414,6 +488,20 @@ test.serial('a file system that does not freeze in time', async (t) => {
     `take thawed trackers=${tracker('mounted')} mounts=/srv/mounted stores=memory:${storeBytes}`,
   );
   await guest.run(`e2fsck -fn /dev/${image} >/dev/null`);
+});
+
+test.serial('a file system that is frozen already', async (t) => {
+  await attach('mounted');
+  await guest.run('fsfreeze -f /srv/mounted');
+  const answer = await module.ask(
+    `take twice trackers=${tracker('mounted')} mounts=/srv/mounted stores=memory:${storeBytes}`,
+  );
+  // Where freezes nest, that of the kernel ends before the other one.
+  const nests = kernel === '6.12' || kernel === '7.2';
+  t.is(refusalIn(answer)?.reason, nests ? undefined : 'ALREADY_FROZEN', answer);
+  await guest.run(
+    'fsfreeze -u /srv/mounted && echo thawed >/srv/mounted/file && sync -f /srv/mounted',
+  );
 });
 
 test.serial('writes in flight that do not end', async (t) => {

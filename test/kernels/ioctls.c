@@ -12,8 +12,10 @@
  *   detach all                       "ok COUNT"
  *   mark ID OFFSET LENGTH            "ok"
  *   list                             "ok ID:MAJOR:MINOR:NUMBER:FLAGS:GENERATION:
- *                                    BEGAN:KEPT..."
+ *                                    BEGAN:KEPT:BLOCK_SIZE..."
+ *   repeat COUNT ID                  "ok": so many snapshots, each ended at once
  *   place device:PATH [format]       "ok SET HELD HISTORY CAPACITY USED"
+ *   place device:PATH bootless       the same, with a boot id of zeroes
  *   place file:PATH:DEVICE [format]  the same; the file is held fast
  *   place at:DEVICE:OFFSET+LENGTH[,...]   the same, by what "extents" said
  *   place query, place drop          the same
@@ -30,6 +32,10 @@
  *   sweep PATH                       "ok GOOD EIO OTHER": how many reads of
  *                                    64 KiB of a device had which result, past
  *                                    the page cache and through it
+ *   flood PATH COUNT [nowait]        "ok MS": so many writes of a sector submitted
+ *                                    at once, each in another chunk than the one
+ *                                    before, and how long that took
+ *   ebb                              "ok GOOD BAD": all of them have ended
  *   nth N COMMAND                    COMMAND, while the N-th allocation of the
  *                                    kernel for this task fails; "injected" or
  *                                    "untouched" comes before its answer
@@ -39,6 +45,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <poll.h>
@@ -49,6 +56,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <linux/stillblock.h>
@@ -56,6 +65,9 @@
 #define MAX_SNAPSHOTS 64
 #define MAX_EXTENTS 1024
 #define SWEEP_BYTES (64 << 10)
+#define FLOOD_MAX (1 << 17)
+#define FLOOD_BYTES 512
+#define FLOOD_STRIDE (16 << 10)
 
 struct store {
 	struct stillblock_store spec;
@@ -161,7 +173,7 @@ static void print_list(void)
 		       t[i].major, t[i].minor, t[i].number, t[i].flags);
 		for (j = 0; j < STILLBLOCK_UUID_SIZE; j++)
 			printf("%02x", t[i].generation[j]);
-		printf(":%u:%u", t[i].began, t[i].kept);
+		printf(":%u:%u:%u", t[i].began, t[i].kept, t[i].block_size);
 	}
 }
 
@@ -300,7 +312,7 @@ static void read_written_extents(struct store *store, const char *text)
 }
 
 /* KIND:PATH[:DEVICE] */
-static void place(char *text, bool format)
+static void place(char *text, const char *how)
 {
 	static struct store store;
 	struct stillblock_place args = { .bdev_fd = -1, .file_fd = -1 };
@@ -308,12 +320,14 @@ static void place(char *text, bool format)
 	char *device = path ? strchr(path + 1, ':') : NULL;
 	int file = -1, error = 0;
 
-	if (format)
+	if (!strcmp(how, "format"))
 		args.flags = STILLBLOCK_PLACE_FORMAT;
 	file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
 	if (file < 0 || read(file, args.boot_id, sizeof(args.boot_id)) < 0)
 		exit(2);
 	close(file);
+	if (!strcmp(how, "bootless"))
+		memset(args.boot_id, 0, sizeof(args.boot_id));
 	memset(&store, 0, sizeof(store));
 	store.spec.file_fd = -1;
 	if (!strcmp(text, "query")) {
@@ -443,6 +457,29 @@ static void take(char *words)
 	}
 }
 
+static void repeat(unsigned int count, uint64_t tracker)
+{
+	struct stillblock_store store = {
+		.kind = STILLBLOCK_STORE_MEMORY,
+		.file_fd = -1,
+		.limit = 1 << 20,
+	};
+	struct stillblock_take args = {
+		.trackers = (uintptr_t)&tracker,
+		.stores = (uintptr_t)&store,
+		.nr_trackers = 1,
+		.nr_stores = 1,
+	};
+	int error = 0;
+
+	while (count-- && !error) {
+		error = request(control, STILLBLOCK_IOC_TAKE, &args);
+		if (!error)
+			close(args.snapshot_fd);
+	}
+	answer(error, args.reason, args.culprit);
+}
+
 static void add(int fd, const char *text)
 {
 	static struct store store;
@@ -554,6 +591,77 @@ static void sweep(const char *path)
 	printf("ok %u %u %u", counts[0], counts[1], counts[2]);
 }
 
+static aio_context_t flood_context;
+static int flood_file = -1;
+static unsigned int flood_count;
+
+static int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000ll + now.tv_nsec / 1000000;
+}
+
+static void flood(const char *path, unsigned int count, bool nowait)
+{
+	static void *buffer;
+	int64_t begin;
+	off_t size;
+
+	if (flood_file < 0) {
+		flood_file = open(path, O_WRONLY | O_DIRECT | O_CLOEXEC);
+		if (flood_file < 0 || posix_memalign(&buffer, 4096, 4096) ||
+		    syscall(SYS_io_setup, FLOOD_MAX, &flood_context))
+			exit(2);
+	}
+	size = lseek(flood_file, 0, SEEK_END);
+	begin = now_ms();
+	while (count--) {
+		struct iocb block = {
+			.aio_fildes = flood_file,
+			.aio_lio_opcode = IOCB_CMD_PWRITE,
+			.aio_rw_flags = nowait ? RWF_NOWAIT : 0,
+			.aio_buf = (uintptr_t)buffer,
+			.aio_nbytes = FLOOD_BYTES,
+			.aio_offset = (off_t)flood_count * FLOOD_STRIDE % size,
+		};
+		struct iocb *blocks = &block;
+
+		if (syscall(SYS_io_submit, flood_context, 1, &blocks) != 1) {
+			answer(errno, 0, 0);
+			return;
+		}
+		flood_count++;
+	}
+	printf("ok %lld", (long long)(now_ms() - begin));
+}
+
+static void ebb(void)
+{
+	unsigned int counts[2] = {};
+	struct io_event events[256];
+
+	while (flood_count) {
+		long i, got = syscall(SYS_io_getevents, flood_context, 1,
+				      sizeof(events) / sizeof(*events), events,
+				      NULL);
+
+		if (got < 1)
+			exit(2);
+		for (i = 0; i < got; i++)
+			counts[events[i].res != FLOOD_BYTES]++;
+		flood_count -= got;
+	}
+	if (flood_file >= 0) {
+		syscall(SYS_io_destroy, flood_context);
+		close(flood_file);
+	}
+	flood_file = -1;
+	flood_context = 0;
+	printf("ok %u %u", counts[0], counts[1]);
+}
+
 static void serve_snapshot(const char *verb, char *line)
 {
 	char name[32] = "", text[256] = "";
@@ -599,13 +707,19 @@ static void serve(char *line)
 	else if (sscanf(line, "extents %255s", path) == 1)
 		print_extents(path);
 	else if (sscanf(line, "place %255s %15s", path, word) >= 1)
-		place(path, !strcmp(word, "format"));
+		place(path, word);
 	else if (sscanf(line, "detach %255s", path) == 1)
 		detach(path);
 	else if (sscanf(line, "mark %llu %llu %llu", &id, &offset, &length) == 3)
 		mark(id, offset, length);
 	else if (!strcmp(verb, "list"))
 		print_list();
+	else if (sscanf(line, "flood %255s %u %15s", path, &number, word) >= 2)
+		flood(path, number, !strcmp(word, "nowait"));
+	else if (!strcmp(line, "ebb"))
+		ebb();
+	else if (sscanf(line, "repeat %u %llu", &number, &id) == 2)
+		repeat(number, id);
 	else if (!strcmp(line, "close all"))
 		close_all();
 	else if (sscanf(line, "sweep %255s", path) == 1)

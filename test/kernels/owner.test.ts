@@ -33,6 +33,8 @@ const mapped = '/dev/mapper/mounted';
 const reloads = 6;
 /** How often a snapshot ends while work of it takes its time to be queued. */
 const slowEnds = 40;
+/** How often one ends while it is read. */
+const readEnds = 4;
 const fioLimitMs = 120_000;
 /** More than a begin makes. */
 const manyCalls = 40;
@@ -222,6 +224,35 @@ test.serial('a snapshot ends while another processor is about to queue its work'
   guest.assertCleanConsole();
 });
 
+/** Reads an image for as long as it is there, and goes on for a while. */
+const reader = `
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer = mmap.mmap(-1, 65536)
+print("reads", flush=True)
+at = failed = 0
+while failed < 2000:
+    at = (at + 65536) % ${writtenBytes}
+    try: os.preadv(fd, [buffer], at)
+    except OSError: failed += 1
+`;
+
+test.serial(
+  'who reads an image while its snapshot ends gets errors, and none too late',
+  async (t) => {
+    const [id] = (await module.require('list'))[0]?.split(':') ?? [];
+    for (let round = 0; round < readEnds; round += 1) {
+      const [image] = await module.require(`take read trackers=${id} stores=memory:${32 * MiB}`);
+      const reads = guest.start(`exec python3 -c ${shellQuote(reader)} /dev/${image}`);
+      await reads.waitForOutput(/^reads$/m, askLimitMs);
+      // Some of it has been preserved by then.
+      await oracle.require('reach raw 20');
+      await module.require('close read');
+      t.is((await reads.wait(askLimitMs)).code, 0, reads.stderr);
+    }
+  },
+);
+
 test.serial('a store larger than the memory is refused', async (t) => {
   const [id] = (await module.require('list'))[0]?.split(':') ?? [];
   const answer = await module.ask(`take large trackers=${id} stores=memory:${2 ** 40}`);
@@ -247,6 +278,35 @@ test.serial('the module stays as long as it is needed', async (t) => {
   await guest.run('rmmod stillblock');
   await guest.loadModule();
 });
+
+test.serial(
+  'the module is refused where its hook cannot be had, and keeps it from others',
+  async (t) => {
+    const other = `insmod ${shellQuote(await buildKernelModule('other-filter', kernel))}`;
+    const tracing = (on: number) => `echo ${on} >/proc/sys/kernel/ftrace_enabled`;
+    await guest.run('rmmod stillblock');
+    for (const [prepare, undo] of [
+      [other, 'rmmod other_filter'],
+      [tracing(0), tracing(1)],
+    ] as const) {
+      await guest.run(prepare);
+      await t.throwsAsync(guest.loadModule(), { message: /resource busy/ });
+      const { stdout } = await guest.run(
+        `dmesg | grep 'stillblock: cannot hook' | tail -n1; ${undo}`,
+      );
+      t.regex(stdout, /another filter or a live patch holds it, or kernel.ftrace_enabled is 0/);
+    }
+    await guest.loadModule();
+    const [id] = await module.require(`attach ${node('raw')}`);
+    for (const command of [other, tracing(0)]) {
+      t.not((await guest.run(command, { check: false })).code, 0, command);
+    }
+    await module.require(`detach ${id}`);
+    await guest.run(other);
+    t.is(refusalIn(await module.ask(`attach ${node('raw')}`))?.reason, 'HOOK_BUSY');
+    await guest.run('rmmod other_filter');
+  },
+);
 
 test.serial('the module comes and goes under writes', async (t) => {
   t.timeout(10 * 60_000);

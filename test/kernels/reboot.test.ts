@@ -22,8 +22,9 @@ import { history, type Seen, seenHistories } from './histories.ts';
 import { buildTool, Conversation, MiB } from './world.ts';
 
 const kernel = testKernel();
-/** STILLBLOCK_REASON_PLACE_BUSY. */
+/** STILLBLOCK_REASON_PLACE_BUSY, _UNSUITABLE. */
 const placeBusy = 33;
+const placeUnsuitable = 34;
 /** Into which the machine is rebooted, and back: an update of the kernel. */
 const otherKernel: KernelName = kernel === '6.1' ? '6.12' : '6.1';
 const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320, tree: 128 } as const;
@@ -220,6 +221,9 @@ test.serial('a history survives a clean reboot, and its numbers are right', asyn
   await at.shutdown();
 
   at = await Machine.boot();
+  // Zeroes would be the id of every boot; nothing is changed by the refusal.
+  const bootless = await at.module.ask(`place device:${at.node('place')} bootless`);
+  t.is(bootless, `bad ${constants.errno.EINVAL} ${placeUnsuitable} 0`);
   seen = await at.attach();
   for (const name of tracked) {
     t.like(

@@ -211,6 +211,11 @@ test.serial('a block device in use by a snapshot is no store for another', async
   const image = refusalIn(await module.ask(`attach ${held.image}`));
   t.is(image?.reason, 'BYPASSES_BIO', 'an image is tracked');
   await release(t, held);
+  // Nor twice for the same one, whose old data would lie upon each other.
+  const twice = refusalIn(
+    await module.ask(`take twice trackers=${id} stores=device:${spare},device:${spare}`),
+  );
+  t.like(twice, { reason: 'STORE_BUSY', culprit: 1 });
 });
 
 test.serial('several stores are one', async (t) => {
@@ -355,6 +360,79 @@ test.serial('a range that is marked by hand has changed', async (t) => {
   );
   t.deepEqual(marked, [{ offset, length: 65_536 }]);
   await release(t, held);
+});
+
+/** STILLBLOCK_HISTORY_EXHAUSTED. */
+const exhausted = 20;
+const lastNumber = 255;
+
+// Nothing of it knows the kernel, and it takes its time.
+if (withProduct) {
+  test.serial('behind the last number of a generation another one begins', async (t) => {
+    const disk = node('parted');
+    const block = 65_536;
+    /** Writes a block between the partition table and the partition. */
+    const write = (at: number) =>
+      guest.run(
+        `dd if=/dev/urandom of=${disk} bs=${block} seek=${at} count=1 oflag=direct conv=notrunc status=none`,
+      );
+    const covers = (ranges: readonly Range[], at: number): boolean =>
+      ranges.some(
+        ({ offset, length }) => offset <= at * block && (at + 1) * block <= offset + length,
+      );
+    const before = await tracked('parted');
+    await module.require(`repeat ${lastNumber - before.number} ${before.id}`, cliLimitMs);
+    const { number, generation } = await tracked('parted');
+    t.deepEqual([number, generation], [lastNumber, before.generation]);
+    await write(2);
+    const last = await hold('last', 'parted', '', `memory:${16 * MiB}`);
+    t.true(covers(await changes(last, 'parted', '', lastNumber - 1), 2), 'a write before it');
+    await release(t, last);
+    const after = await tracked('parted');
+    t.is(after.number, 1);
+    t.not(after.generation, before.generation);
+    t.is(Number((await module.require('list'))[1]?.split(':')[6]), exhausted);
+    await write(4);
+    const first = await hold('first', 'parted', '', `memory:${16 * MiB}`);
+    const changed = await changes(first, 'parted', '', 0);
+    t.true(covers(changed, 4), 'a write of the new generation');
+    t.false(covers(changed, 2), 'a write of the one before');
+    await release(t, first);
+  });
+}
+
+test.serial('a very large device has larger blocks, and is preserved to its end', async (t) => {
+  const huge = '/dev/mapper/huge';
+  const spare = node('spare');
+  // Its end is where numbers of chunks have 33 bits.
+  const startMiB = 2 ** 46 / MiB;
+  await guest.run(
+    `set -e; dd if=/dev/urandom of=${spare} bs=1M count=8 oflag=direct status=none
+    printf '0 %d error\\n%d %d linear ${spare} 0\\n' ${startMiB * 2048} ${startMiB * 2048} ${disks.spare * 2048} |
+      dmsetup create --noudevsync huge
+    dmsetup mknodes`,
+  );
+  const [id] = await module.require(`attach ${huge}`);
+  // With blocks of 1 MiB its map would have more than 64 MiB.
+  t.is((await module.require('list')).at(-1)?.split(':')[8], String(2 * MiB));
+  const [image] = await module.require(`take huge trackers=${id} stores=memory:${32 * MiB}`);
+  const end = (device: string) =>
+    guest
+      .run(`dd if=${device} bs=1M skip=${startMiB} count=8 iflag=direct status=none | ${checksum}`)
+      .then(({ stdout }) => stdout);
+  const before = await end(huge);
+  t.is(await end(`/dev/${image}`), before);
+  await guest.run(
+    `dd if=/dev/zero of=${huge} bs=1M seek=${startMiB} count=4 oflag=direct conv=notrunc status=none`,
+  );
+  t.not(await end(huge), before);
+  t.is(await end(`/dev/${image}`), before);
+  t.is((await module.require('state huge'))[0], 'held');
+  await module.require('close huge');
+  await module.require(`detach ${id}`);
+  const refused = refusalIn(await module.ask(`attach ${huge} 65536`));
+  t.is(refused?.reason, 'BAD_BLOCK_SIZE');
+  await guest.run('dmsetup remove --noudevsync huge');
 });
 
 test.serial('a device that is resized has a new history, of its new size', async (t) => {

@@ -9,7 +9,7 @@ import type { GuestCommand } from '../vm/command.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { shellQuote } from '../vm/initrd.ts';
 import { smallXfs } from '../vm/xfs.ts';
-import { askLimitMs, buildTool, Conversation, checksum, MiB } from './world.ts';
+import { askLimitMs, buildKernelModule, buildTool, Conversation, checksum, MiB } from './world.ts';
 
 const kernel = testKernel();
 const disks = { ext4: 48, xfs: 64, btrfs: 128, parted: 96, raw: 16, store: 240 } as const;
@@ -246,32 +246,50 @@ test.serial('raw writes of every kind are preserved, and arrive', async (t) => {
   await module.require('detach all');
 });
 
-test.serial('a discard is swallowed while a snapshot is held, zeroes are preserved', async (t) => {
-  const device = node('raw');
-  const id = await attach(device);
-  const hash = (path: string) =>
-    guest
-      .run(`echo 1 >/proc/sys/vm/drop_caches; ${checksum} <${path}`)
-      .then(({ stdout }) => stdout);
-  const before = await hash(device);
-  const [image] = await module.require(`take zeroes trackers=${id} stores=memory:${64 * MiB}`);
-  await guest.run(`blkdiscard ${device}`);
-  t.is(await hash(device), before, 'data is gone that nothing can preserve any more');
-  t.is(await hash(`/dev/${image}`), before);
-  await guest.run(
-    `blkdiscard --zeroout --offset ${MiB + 4096} --length ${8 * MiB + 512} ${device}`,
-  );
-  await guest.run(
-    `set -e; cmp -n ${8 * MiB + 512} ${device} /dev/zero -i ${MiB + 4096}:0
+test.serial(
+  'a discard is swallowed while a snapshot is held, zeroes and erases are preserved',
+  async (t) => {
+    const device = node('raw');
+    const id = await attach(device);
+    const hash = (path: string) =>
+      guest
+        .run(`echo 1 >/proc/sys/vm/drop_caches; ${checksum} <${path}`)
+        .then(({ stdout }) => stdout);
+    const before = await hash(device);
+    const [image] = await module.require(`take zeroes trackers=${id} stores=memory:${64 * MiB}`);
+    await guest.run(`blkdiscard ${device}`);
+    t.is(await hash(device), before, 'data is gone that nothing can preserve any more');
+    t.is(await hash(`/dev/${image}`), before);
+    await guest.run(
+      `blkdiscard --zeroout --offset ${MiB + 4096} --length ${8 * MiB + 512} ${device}`,
+    );
+    await guest.run(
+      `set -e; cmp -n ${8 * MiB + 512} ${device} /dev/zero -i ${MiB + 4096}:0
     ! cmp -n 512 ${device} /dev/zero -i ${MiB + 4096 - 512}:0 >/dev/null
     ! cmp -n 512 ${device} /dev/zero -i ${9 * MiB + 4096 + 512}:0 >/dev/null`,
-  );
-  t.is(await hash(`/dev/${image}`), before, 'zeroes were not preserved');
-  await module.require('close zeroes');
-  await guest.run(`blkdiscard ${device}`);
-  t.not(await hash(device), before, 'a discard is swallowed when nobody holds a snapshot');
-  await module.require('detach all');
-});
+    );
+    t.is(await hash(`/dev/${image}`), before, 'zeroes were not preserved');
+    const used = async () => Number((await module.require('state zeroes'))[2]);
+    const earlier = await used();
+    const erase = await buildKernelModule('secure-erase', kernel);
+    const erased = await guest.run(
+      `insmod ${shellQuote(erase)} major=$((0x$(stat -c %t ${device}))) minor=$((0x$(stat -c %T ${device}))) \
+      first=${((12 * MiB) >> 9) + 1} sectors=${(2 * MiB) >> 9}`,
+      { check: false },
+    );
+    t.regex(erased.stderr, /cancell?ed/, 'no disk of a guest can do it, and it came to that disk');
+    t.is(
+      (await used()) - earlier,
+      2 * MiB + 16_384,
+      'what a secure erase touches, in whole chunks',
+    );
+    t.is(await hash(`/dev/${image}`), before);
+    await module.require('close zeroes');
+    await guest.run(`blkdiscard ${device}`);
+    t.not(await hash(device), before, 'a discard is swallowed when nobody holds a snapshot');
+    await module.require('detach all');
+  },
+);
 
 test.serial('after all that nothing is left, and the kernel has not complained', async (t) => {
   await module.end();

@@ -54,7 +54,7 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_ALREADY_ATTACHED	= 6,
 	STILLBLOCK_REASON_NOT_ATTACHED		= 7,
 	STILLBLOCK_REASON_IN_SNAPSHOT		= 8,	/* of a held snapshot */
-	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter is there */
+	STILLBLOCK_REASON_HOOK_BUSY		= 9,	/* another filter, or ftrace is off */
 	STILLBLOCK_REASON_HOOK_UNAVAILABLE	= 10,
 	STILLBLOCK_REASON_NO_MEMORY		= 11,
 	STILLBLOCK_REASON_RESIZED		= 12,
@@ -79,7 +79,7 @@ enum stillblock_reason {
 	STILLBLOCK_REASON_OVERLOADED		= 31,	/* too many writes had to wait */
 	STILLBLOCK_REASON_SHUTDOWN		= 32,	/* the machine goes down */
 	STILLBLOCK_REASON_PLACE_BUSY		= 33,	/* another place is in use */
-	STILLBLOCK_REASON_PLACE_UNSUITABLE	= 34,	/* device, file or its extents */
+	STILLBLOCK_REASON_PLACE_UNSUITABLE	= 34,	/* device, file, extents, boot id */
 };
 
 /*
@@ -274,7 +274,9 @@ struct stillblock_extent {
  *	the module opens exclusively
  * @flags: in: STILLBLOCK_PLACE_FORMAT, _QUERY, _DROP or _UNLESS; out:
  *	_SET, _HELD
- * @boot_id: tells this boot from all others: /proc/sys/kernel/random/boot_id
+ * @boot_id: tells this boot from all others: /proc/sys/kernel/random/boot_id. All
+ *	zero is refused with PLACE_UNSUITABLE: it would be that of every boot, and
+ *	what is good for one boot alone would be believed in another
  * @uuid: out: of the place
  * @capacity: out: bytes for maps, one byte per block of each device
  * @used: out: bytes of these that belong to a device
@@ -461,6 +463,9 @@ struct stillblock_map {
  * @store: the piece
  * @flags: zero
  * @reason: out: enum stillblock_reason
+ *
+ * As all of /dev/stillblock this needs CAP_SYS_ADMIN; the other requests need just
+ * the snapshot's descriptor.
  */
 struct stillblock_add_store {
 	struct stillblock_store store;
