@@ -18,6 +18,7 @@ import test from 'ava';
 import { type KernelName, testKernel } from '../vm/checkout.ts';
 import { bootGuest, type Guest } from '../vm/guest.ts';
 import { makeSparseFile } from '../vm/host.ts';
+import { smallXfs } from '../vm/xfs.ts';
 import { history, type Seen, seenHistories } from './histories.ts';
 import { buildTool, Conversation, MiB } from './world.ts';
 
@@ -27,10 +28,12 @@ const placeBusy = 33;
 const placeUnsuitable = 34;
 /** Into which the machine is rebooted, and back: an update of the kernel. */
 const otherKernel: KernelName = kernel === '6.1' ? '6.12' : '6.1';
-const disks = { root: 64, data: 320, place: 4, copy: 64, copied: 320, tree: 128 } as const;
+const disks = { root: 64, data: 96, place: 4, copy: 64, copied: 128, tree: 128 } as const;
 type DiskName = keyof typeof disks;
 const tracked = ['root', 'data'] as const;
 type TrackedName = (typeof tracked)[number];
+/** Units of change tracking, bytes; 0: as large as the module likes. So a map has two pages. */
+const blockBytes: Partial<Record<DiskName, number>> = { data: 16_384 };
 
 let folder = '';
 let ioctls = '';
@@ -85,13 +88,17 @@ class Machine {
   /** The place, and both disks, as an initramfs attaches them. */
   async attach(place = `device:${this.node('place')}`): Promise<Record<TrackedName, Seen>> {
     await this.module.ask(`place ${place}`);
-    for (const name of tracked) await this.module.require(`attach ${this.node(name)} 0 ${name}`);
+    for (const name of tracked) await this.track(name);
     return this.seen();
+  }
+
+  async track(name: DiskName): Promise<void> {
+    await this.module.require(`attach ${this.node(name)} ${blockBytes[name] ?? 0} ${name}`);
   }
 
   /** @returns what the module says of it then: the last that was attached is the last that it lists */
   async attachDisk(name: DiskName): Promise<Seen | undefined> {
-    await this.module.require(`attach ${this.node(name)} 0 ${name}`);
+    await this.track(name);
     return (await seenHistories(this.module)).at(-1);
   }
 
@@ -149,10 +156,11 @@ class Machine {
     const ranges =
       above < 0 ? [`0:${whole}`] : await this.module.require(`map now ${index} ${above}`);
     let bytes = 0;
+    const unit = above < 0 ? MiB : (blockBytes[name] ?? 65_536);
     const copies = ranges.map((range) => {
       const [offset, length] = range.split(':').map(Number) as [number, number];
       bytes += length;
-      return `dd if=${image} of=${this.node(to)} bs=64k iflag=direct oflag=direct conv=notrunc status=none skip=${offset / 65536} seek=${offset / 65536} count=${Math.ceil(length / 65536)}`;
+      return `dd if=${image} of=${this.node(to)} bs=${unit} iflag=direct oflag=direct conv=notrunc status=none skip=${offset / unit} seek=${offset / unit} count=${Math.ceil(length / unit)}`;
     });
     await this.guest.run([...copies, `cmp -n ${whole} ${image} ${this.node(to)}`].join(' && '));
     return bytes;
@@ -199,7 +207,7 @@ function tamper(
   closeSync(descriptor);
 }
 
-/** Of the maps of these disks: a byte for 64 KiB, in whole pages. */
+/** Of the maps of these disks: a byte for each block, in whole pages. */
 const pages = { root: 1, data: 2 } as const;
 
 /** First byte of the place on its device, and of the first map in it. */
@@ -209,7 +217,7 @@ const mapStart = placeStart + 65 * 4096;
 test.serial('a history survives a clean reboot, and its numbers are right', async (t) => {
   t.timeout(10 * 60_000);
   let at = await Machine.boot();
-  await at.guest.run(`mkfs.ext4 -q -F ${at.node('root')}; mkfs.xfs -q -f ${at.node('data')}`);
+  await at.guest.run(`mkfs.ext4 -q -F ${at.node('root')}; ${smallXfs} -f ${at.node('data')}`);
   await at.module.require(`place device:${at.node('place')} format`);
   let seen = await at.attach();
   for (const name of tracked) t.like(seen[name], { began: history.first, kept: history.ok });
@@ -299,7 +307,7 @@ test.serial('who writes to one disk without the module ends its history alone', 
   t.like(seen.data, { takenUp: true, began: history.changed });
   // Too late: somebody was faster than the attach.
   await at.module.require(`keep ${seen.root.id}`);
-  await at.module.require(`attach ${at.node('root')} 0 root`);
+  await at.track('root');
   seen = await at.seen();
   const [data, root] = [seen.root, seen.data];
   t.like(root, { takenUp: true, generation: generations.root });
@@ -308,7 +316,7 @@ test.serial('who writes to one disk without the module ends its history alone', 
   await at.guest.run(
     `dd if=/dev/zero of=${at.node('root')} bs=4k seek=8192 count=1 oflag=direct status=none`,
   );
-  await at.module.require(`attach ${at.node('root')} 0 root`);
+  await at.track('root');
   t.like((await at.seen()).data, { takenUp: false, began: history.written });
   // Kept at its detach, and not tracked until the reboot: who wrote then is not known.
   await at.module.require(`keep ${(await at.seen()).data.id}`);
@@ -432,7 +440,7 @@ test.serial('the place may be a file of a tracked disk, which stays mounted', as
       await at.guest.run('sync; mount -o remount,ro /srv/root && mount -o remount,ro /srv/data');
       const before = await at.seen();
       for (const name of tracked) await at.module.require(`keep ${before[name].id}`);
-      for (const name of tracked) await at.module.require(`attach ${at.node(name)} 0 ${name}`);
+      for (const name of tracked) await at.track(name);
       seen = await at.seen();
       for (const name of tracked) {
         t.like(seen[name], { takenUp: true, generation: generations[name] }, name);
@@ -550,7 +558,7 @@ test.serial('btrfs: a clean reboot keeps the history, a write elsewhere ends it'
   };
   const attach = async (at: Machine, format = ''): Promise<Seen | undefined> => {
     await at.module.require(`place device:${at.node('place')} ${format}`);
-    await at.module.require(`attach ${at.node('tree')} 0 tree`);
+    await at.track('tree');
     return (await seenHistories(at.module)).at(-1);
   };
   const write = (at: Machine, name: string): Promise<unknown> =>
