@@ -437,6 +437,8 @@ export class Guest {
       // ACPI's way of telling which interrupt a disk has takes a second of each boot, and
       // with the checkers half a minute for each disk; the ciphers' self-tests take another.
       'acpi=noirq cryptomgr.notests',
+      // Whose allocations can be made to fail apart from others': an xarray's nodes.
+      options.kernel === 'debug' ? 'slub_debug=A,radix_tree_node' : '',
       options.appendCmdline ?? '',
     ].join(' ');
     return [
@@ -702,8 +704,20 @@ export class Guest {
   }
 
   /**
+   * Under the debug kernel: that lockdep has not given up, as it does after a report of its
+   * own and without a word on the console when its tables are full.
+   */
+  async #assertLockdep(allowed: readonly RegExp[]): Promise<void> {
+    if (this.kernel !== 'debug') return;
+    const { stdout } = await this.run('cat /proc/lockdep_stats');
+    if (/debug_locks: +1$/m.test(stdout)) return;
+    this.assertCleanConsole(allowed);
+    throw new Error(`lockdep has given up:\n${stdout}`);
+  }
+
+  /**
    * Powers the guest off and checks its console; under the debug kernel it looks for
-   * leaks before.
+   * leaks before, and whether all checkers were at work.
    * @param allowed as for assertCleanConsole.
    * @param command that ends it. Whatever still runs would write to devices that power off
    *   under it.
@@ -714,6 +728,7 @@ export class Guest {
   ): Promise<void> {
     if (!this.#alive) throw this.#failure('had ended before its shutdown');
     await this.assertNoLeaks();
+    await this.#assertLockdep(allowed);
     this.start(command);
     const timer = new AbortController();
     const late = delay(shutdownLimitMs, 'late' as const, { signal: timer.signal }).catch(
