@@ -3,9 +3,10 @@
 # The kernel's own checkers over module/: checkpatch --strict, kernel-doc, and
 # for each kernel the compiler with W=1 and sparse. One line per finding.
 #
-#   scripts/check-module.sh [KERNEL]...      (default: all stock kernels)
+#   scripts/check-module.sh [--build] [KERNEL]...      (default: all stock kernels)
 #
-# checkpatch is that of Debian's sources of 6.1, fetched into the cache;
+# --build: only what depends on the kernel, W=1 and sparse. checkpatch is that of
+# Debian's sources of 6.1, from the kernel `debug` or fetched into the cache;
 # kernel-doc that of 6.12's headers.
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/archive.sh"
@@ -26,6 +27,11 @@ fetch_checkpatch() {
     local work codename
     lock checkpatch
     [ ! -e "$tools/checkpatch.pl" ] || return 0
+    local built=("$cache"/kernels/debug/usr/src/*/scripts/)
+    if [ -e "${built[0]}checkpatch.pl" ]; then
+        mkdir -p "$tools" && cp "${built[0]}"{spelling.txt,const_structs.checkpatch,checkpatch.pl} "$tools"
+        return
+    fi
     say "checkpatch: fetching $source_package from Debian"
     work=$(mktemp -d "$cache/.checkpatch-XXXXXX")
     # shellcheck disable=SC2064  # this run's folder
@@ -74,19 +80,31 @@ undocumented() {
     done
 }
 
+# style: what depends on no kernel.
+style() {
+    local kernel_doc
+    checkpatch_findings
+    kernel_doc=$(echo "$cache"/kernels/6.12/usr/lib/linux-kbuild-*/scripts/kernel-doc)
+    perl "$kernel_doc" -none -Wall "${sources[@]}" 2>&1
+    undocumented
+}
+
+only_build=
+if [ "${1:-}" = --build ]; then
+    only_build=yes
+    shift
+fi
 # shellcheck disable=SC2086  # a list
 [ $# -gt 0 ] || set -- ${kernels/debug/}
 for kernel; do need_kernel "$kernel"; done
-command -v perl >/dev/null || die 'perl is missing: apt-get install perl'
-"$checkout/scripts/kernels.sh" 6.12
-(fetch_checkpatch)
-kernel_doc=$(echo "$cache"/kernels/6.12/usr/lib/linux-kbuild-*/scripts/kernel-doc)
 sources=(module/*.[ch] module/uapi/linux/*.h)
-findings=$(
-    checkpatch_findings
-    perl "$kernel_doc" -none -Wall "${sources[@]}" 2>&1
-    undocumented
-)
+findings=
+if [ -z "$only_build" ]; then
+    command -v perl >/dev/null || die 'perl is missing: apt-get install perl'
+    "$checkout/scripts/kernels.sh" 6.12
+    (fetch_checkpatch)
+    findings=$(style)
+fi
 [ -z "$findings" ] || printf '%s\n' "$findings" >&2
 for kernel; do
     STILLBLOCK_MODULE_OUTPUT=$checkout/build/check-$kernel "$checkout/scripts/build-module.sh" "$kernel" W=1 C=2 ||
