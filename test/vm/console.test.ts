@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 import test from 'ava';
-import { arrayOnOneDisk, findComplaints, findLeaks } from './console.ts';
+import { arrayOnOneDisk, findComplaints, findLeaks, findLeftAreas } from './console.ts';
 
 // One line of each kind of complaint, as kernels print them.
 const complaining = [
@@ -111,6 +111,19 @@ test('leaks of the module are told from those of the kernel', (t) => {
   t.deepEqual(findLeaks(''), []);
   t.deepEqual(findLeaks(ofKernel), []);
   t.deepEqual(findLeaks(ofKernel + ofOurs + ofKernel + ofOursUnloaded), [ofOurs, ofOursUnloaded]);
+});
+
+// As the kernel prints them (mm/vmalloc.c); a module's own code is an area, too.
+test('areas that an unloaded module has left are told from all others', (t) => {
+  const left =
+    '0xffffc90000a41000-0xffffc90000a44000   12288 0xffffffffa0003d51 pages=2 vmalloc N0=2';
+  const others = [
+    '0xffffc90000000000-0xffffc90000005000   20480 irq_init_percpu_irqstack+0x1c0/0x270 vmap',
+    '0xffffc90000a51000-0xffffc90000a54000   12288 stb_cow_init+0x1a1/0x3c0 [stillblock] pages=2 vmalloc N0=2',
+    '0xffffffffa0000000-0xffffffffa0009000   36864 load_module+0x1c5b/0x2b40 pages=8 vmalloc N0=8',
+    '0xffffe8ffffc00000-0xffffe8ffffe00000 2097152 pcpu_get_vm_areas+0x0/0x17a0 vmalloc',
+  ];
+  t.deepEqual(findLeftAreas([...others, left, ''].join('\n')), [left]);
 });
 
 test("md's advice about an array on one disk is allowed by who provokes it", (t) => {

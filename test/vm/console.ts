@@ -86,6 +86,17 @@ export function findComplaints(console: string, allowed: readonly RegExp[] = [])
 /** Addresses of modules: a trace of ours has no names in it once the module is unloaded. */
 const inUnloadedModule = / 0xffffffff[a-f][0-9a-f]{7}$/m;
 
+/** In /proc/vmallocinfo: who has allocated, behind the range and its size. */
+const ofUnloadedModule = /^\S+ +\d+ 0xffffffff[a-f][0-9a-f]{7}\b/;
+
+/**
+ * @param info text of /proc/vmallocinfo.
+ * @returns the line of each area that a module has left behind which is unloaded by now.
+ */
+export function findLeftAreas(info: string): string[] {
+  return info.split('\n').filter((line) => ofUnloadedModule.test(line));
+}
+
 /**
  * @param report text of kmemleak's debugfs file.
  * @returns each object in it that our module has allocated, or one that is unloaded by now.
