@@ -483,9 +483,12 @@ static void cow_work(struct work_struct *work)
 	struct stb_cow *cow = container_of(work, struct stb_cow, work);
 	/* Pairs with the release in stb_cow_detach(): the snapshot has ended. */
 	bool ending = smp_load_acquire(&cow->ending);
-	unsigned int noio = memalloc_noio_save();
 	struct blk_plug plug;
+	unsigned int noio;
 
+	if (!ending && !stb_snapshot_switched(cow->snapshot))
+		return;
+	noio = memalloc_noio_save();
 	blk_start_plug(&plug);
 	if (READ_ONCE(cow->overloaded))
 		stb_snapshot_fail(cow->snapshot, STILLBLOCK_REASON_OVERLOADED);
@@ -524,13 +527,15 @@ void stb_cow_kick_io(struct stb_cow *cow)
  * stb_cow_attach() - begin to preserve: the flip
  * @cow: cow, whose tracker is gated
  *
+ * Writes are held from then on; stb_cow_kick() lets the worker see to them, when all
+ * origins have been flipped.
+ *
  * Context: control mutex held.
  */
 void stb_cow_attach(struct stb_cow *cow)
 {
 	stb_assert_control();
 	stb_tracker_set_mode(cow->tracker, STB_COW, cow);
-	stb_cow_kick(cow);
 }
 
 /**

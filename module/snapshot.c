@@ -415,6 +415,10 @@ static int snapshot_switch(struct stb_snapshot *s, struct stillblock_take *args)
 	snapshot_set_state(s, STB_SNAPSHOT_HELD, 0);
 	for (i = 0; i < s->nr_images; i++)
 		stb_cow_attach(&s->images[i].cow);
+	/* Pairs with the acquire in stb_snapshot_switched(). */
+	smp_store_release(&s->switched, true);
+	for (i = 0; i < s->nr_images; i++)
+		stb_cow_kick(&s->images[i].cow);
 	s->gate_ns = ktime_get_ns() - begin;
 	return 0;
 }

@@ -42,6 +42,8 @@ enum stb_snapshot_phase {
  *	the wait queue's
  * @phase: see enum stb_snapshot_phase; read without the lock
  * @reason: why it failed
+ * @switched: all origins preserve, so that none takes a write into the store for
+ *	another's; see stb_snapshot_switched()
  * @nr_images: length of @images
  * @images: in the order of the take
  * @store: difference storage
@@ -62,6 +64,7 @@ struct stb_snapshot {
 	spinlock_t lock;	/* phase changes, reason, events */
 	enum stb_snapshot_phase phase;
 	u32 reason;
+	bool switched;
 	u32 nr_images;
 	struct stb_image *images;
 	struct stb_store store;
@@ -98,6 +101,22 @@ static inline bool stb_snapshot_held(struct stb_snapshot *s)
 {
 	/* Pairs with the release in snapshot_set_state(). */
 	return smp_load_acquire(&s->phase) == STB_SNAPSHOT_HELD;
+}
+
+/**
+ * stb_snapshot_switched() - may its workers begin?
+ * @s: snapshot
+ *
+ * The origins are flipped one after the other. What the first one has written to
+ * the store may lie on one that is gated still, where every write is held: it
+ * would come to that one's worker later, as a stranger's.
+ *
+ * Return: true when all have been flipped.
+ */
+static inline bool stb_snapshot_switched(struct stb_snapshot *s)
+{
+	/* Pairs with the release in snapshot_switch(). */
+	return smp_load_acquire(&s->switched);
 }
 
 #endif /* STILLBLOCK_SNAPSHOT_H */
