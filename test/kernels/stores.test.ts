@@ -12,6 +12,7 @@ import { shellQuote } from '../vm/initrd.ts';
 import {
   askLimitMs,
   Backup,
+  buildKernelModule,
   buildTool,
   Conversation,
   checksum,
@@ -323,6 +324,22 @@ test.serial('a store on a disk of the snapshot does not grow', async (t) => {
   t.is(refused?.reason, 'STORE_ON_ORIGIN');
   await module.require('close fixed');
   await guest.run('rm /srv/origin/first /srv/origin/later');
+});
+
+test.serial('what the first origin stores is no stranger to the last one', async (t) => {
+  const slow = await buildKernelModule('slow-flip', kernel);
+  const ids = [(await tracked('raw')).id, (await tracked('parted')).id];
+  await guest.run(`set -e; insmod ${shellQuote(slow)}; fallocate -l 32M /srv/origin/flip; sync`);
+  for (const name of ['flip1', 'flip2', 'flip3']) {
+    await module.require(
+      `take ${name} trackers=${ids.join(',')} mounts=/srv/origin stores=file:/srv/origin/flip`,
+    );
+    // Some of it has been preserved by then.
+    await oracle.require('reach raw 20');
+    t.is((await module.require(`state ${name}`))[0], 'held');
+    await module.require(`close ${name}`);
+  }
+  await guest.run('set -e; rmmod slow_flip; rm /srv/origin/flip');
 });
 
 test.serial("somebody else's write into a store on an origin ends the snapshot", async (t) => {
