@@ -32,7 +32,7 @@ namespace harness {
 
 // Ends the program: the sanitizers and the fuzzer take it for a crash.
 [[noreturn]] inline void Fail(const char* what) {
-  fprintf(stderr, "fault: %s\n", what);
+  fprintf(stderr, "fault: %s (the last error: %s)\n", what, strerror(errno));
   abort();
 }
 
@@ -207,8 +207,13 @@ class World {
     Require(bind(listener.get(), at, length) == 0 && listen(listener.get(), 1) == 0, "listen");
     Require(getsockname(listener.get(), at, &length) == 0, "getsockname");
     fds[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    Require(connect(fds[0], at, length) == 0, "connect");
-    fds[1] = accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
+    // A signal ends the wait, not the attempt: said again, it is finished or waited for.
+    while (connect(fds[0], at, length) != 0 && errno != EISCONN) {
+      Require(errno == EINTR || errno == EALREADY, "connect");
+    }
+    do {
+      fds[1] = accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
+    } while (fds[1] < 0 && errno == EINTR);
     Require(fds[1] >= 0, "accept");
   }
 

@@ -137,7 +137,7 @@ void TestTurnsOfThoseWhoLeave() {
   harness::Require(world.PaidUntilNs() < engine::NowNs() + kMostNs, "those who left are paid for");
 }
 
-// A client that waits for a cap while signals come, as libFuzzer's alarm does.
+// Clients that connect, and one that waits for a cap, while signals come, as libFuzzer's alarm does.
 void TestSignals() {
   struct sigaction action = {};
   action.sa_handler = [](int) {};
@@ -152,7 +152,12 @@ void TestSignals() {
   }
   const struct itimerval each = {{0, 1000}, {0, 1000}};
   const struct itimerval never = {};
+  const struct itimerval often = {{0, 50}, {0, 50}};
   UniqueFd socket = world.Connect(harness::World::kCapped, engine::Headers::kSimple, {}, false);
+  harness::Require(setitimer(ITIMER_REAL, &often, nullptr) == 0, "setitimer");
+  for (int turn = 0; turn < 500; turn++) {
+    world.Connect(0, engine::Headers::kSimple, {}, true);
+  }
   harness::Require(setitimer(ITIMER_REAL, &each, nullptr) == 0, "setitimer");
   harness::Converse(world, std::move(socket), bytes, random, nullptr, false);
   harness::Require(setitimer(ITIMER_REAL, &never, nullptr) == 0, "setitimer");
