@@ -468,7 +468,7 @@ static void cow_io_work(struct work_struct *work)
 	blk_start_plug(&plug);
 	while ((bio = bio_list_pop(&writes))) {
 		if (stb_snapshot_held(cow->snapshot))
-			stb_hook_submit_store(bio, cow->snapshot);
+			stb_hook_submit_write(bio);
 		else
 			bio_io_error(bio);
 	}
@@ -735,19 +735,27 @@ void stb_cow_sort_areas(struct stb_cow *cow)
 /**
  * stb_cow_is_own_store() - is a range nothing but store of this snapshot?
  * @cow: cow of an origin
- * @r: sectors of a write into a store
- * @own: snapshot whose store it is
+ * @r: sectors of a write
+ * @bio: write
+ *
+ * Whose store it goes to is known by how it ends: so the write itself carries it,
+ * whoever held it on its way here, and let it go.
  *
  * Context: RCU read-side section.
- * Return: true if so.
+ * Return: true if so, and the write is one of this snapshot's jobs.
  */
 bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
-			  const struct stb_snapshot *own)
+			  struct bio *bio)
 {
 	u64 chunk = stb_chunk_of(r.first);
 	u64 last = stb_last_chunk(r);
+	const struct stb_job *job;
+	void *private;
 
-	if (cow->snapshot != own)
+	if (stb_tracker_end_io(bio, &private) != job_end_io)
+		return false;
+	job = private;
+	if (job->cow->snapshot != cow->snapshot)
 		return false;
 	while (chunk <= last) {
 		struct stb_area *area = cow_area(cow, chunk);

@@ -179,7 +179,7 @@ void stb_cow_destroy(struct stb_cow *cow);
 int stb_cow_add_area(struct stb_cow *cow, u64 first, u64 end);
 void stb_cow_sort_areas(struct stb_cow *cow);
 bool stb_cow_is_own_store(struct stb_cow *cow, struct stb_range r,
-			  const struct stb_snapshot *own);
+			  struct bio *bio);
 void stb_cow_attach(struct stb_cow *cow);
 void stb_cow_detach(struct stb_cow *cow);
 void stb_cow_kick(struct stb_cow *cow);

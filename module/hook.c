@@ -107,8 +107,7 @@ static __always_inline struct task_struct **hook_slow_task(void)
  * preserves everything at no cost.
  */
 static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
-				      struct stb_range r,
-				      const struct stb_snapshot *own)
+				      struct stb_range r)
 {
 	struct work_struct *work = &t->work;
 	struct stb_cow *cow;
@@ -123,7 +122,7 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 		cow = rcu_dereference_raw(t->cow);
 		if (cow && stb_cow_is_open(cow, r))
 			return false;
-		if (own && cow && stb_cow_is_own_store(cow, r, own))
+		if (cow && stb_cow_is_own_store(cow, r, bio))
 			return false;
 	}
 
@@ -155,11 +154,9 @@ static __always_inline bool hook_hold(struct stb_tracker *t, struct bio *bio,
 
 /*
  * Pass a write through the trackers of its disk, those with an id above @after.
- * @own is the snapshot into whose store it goes, if it does. The caller is in
- * an RCU read-side section and does not sleep.
+ * The caller is in an RCU read-side section and does not sleep.
  */
-static __always_inline enum stb_verdict
-hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
+static __always_inline enum stb_verdict hook_filter(struct bio *bio, u64 after)
 {
 	struct gendisk *disk = stb_bio_disk(bio);
 	struct stb_change_map *map;
@@ -174,7 +171,7 @@ hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
 		    stb_tracker_has_counted(t, bio))
 			continue;
 		this_cpu_inc(t->figures->writes);
-		if (hook_hold(t, bio, r, own))
+		if (hook_hold(t, bio, r))
 			return STB_VERDICT_HELD;
 		/*
 		 * A write that was held is counted and marked when it is
@@ -188,13 +185,12 @@ hook_filter(struct bio *bio, u64 after, const struct stb_snapshot *own)
 }
 
 /* Pass a bio on through the trackers with an id above @after. */
-static void hook_pass(struct bio *bio, u64 after,
-		      const struct stb_snapshot *own)
+static void hook_pass(struct bio *bio, u64 after)
 {
 	enum stb_verdict verdict;
 
 	rcu_read_lock();
-	verdict = hook_filter(bio, after, own);
+	verdict = hook_filter(bio, after);
 	rcu_read_unlock();
 	if (verdict == STB_VERDICT_PASS)
 		stb_hook_submit(bio);
@@ -234,7 +230,7 @@ static noinline notrace stb_submit_ret_t hook_slow(struct bio *bio)
 {
 	hook_wait_for_room();
 	bio_clear_polled(bio);
-	hook_pass(bio, 0, NULL);
+	hook_pass(bio, 0);
 	atomic_dec(&nr_slowed);
 	return STB_SUBMITTED;
 }
@@ -265,7 +261,7 @@ static noinline notrace void hook_write(struct bio *bio, blk_opf_t opf,
 	if (unlikely(READ_ONCE(have_slow_tasks)) && hook_is_due(opf)) {
 		atomic_inc(&nr_slowed);
 		stb_ftrace_redirect(regs, hook_slow);
-	} else if (hook_filter(bio, 0, NULL) == STB_VERDICT_HELD) {
+	} else if (hook_filter(bio, 0) == STB_VERDICT_HELD) {
 		if (likely(!hook_pressed(1))) {
 			stb_ftrace_redirect(regs, hook_taken);
 		} else if (hook_may_sleep(opf)) {
@@ -444,20 +440,20 @@ void stb_hook_resume(struct bio *bio, const struct stb_tracker *after)
 {
 	bio->bi_opf &= ~REQ_NOWAIT;
 	bio_clear_polled(bio);
-	hook_pass(bio, after->id, NULL);
+	hook_pass(bio, after->id);
 }
 
 /**
- * stb_hook_submit_store() - submit a write into a store
+ * stb_hook_submit_write() - submit a write of ours that trackers have to see
  * @bio: write
- * @own: snapshot whose store it is
  *
- * The store may lie on a device that is tracked, too: all its trackers see the
- * write, but an origin of @own whose image has the store excluded lets it pass.
+ * It may go to a device that is tracked, too, as a write into a store does, or of
+ * a record: to all its trackers it is one as any other, but an origin whose image
+ * has the store excluded lets what its own snapshot stores pass.
  */
-void stb_hook_submit_store(struct bio *bio, const struct stb_snapshot *own)
+void stb_hook_submit_write(struct bio *bio)
 {
-	hook_pass(bio, 0, own);
+	hook_pass(bio, 0);
 }
 
 /**

@@ -311,7 +311,7 @@ static int io_run(struct persist_io **pio, struct block_device *bdev,
 	reinit_completion(&io->done);
 	kref_get(&io->ref);
 	if (way == PERSIST_HOOKED)
-		stb_hook_submit_store(&io->bio, NULL);
+		stb_hook_submit_write(&io->bio);
 	else
 		stb_hook_submit(&io->bio);
 	if (!wait_for_completion_timeout(&io->done, STB_IO_TIMEOUT)) {

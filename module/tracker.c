@@ -132,6 +132,28 @@ bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio)
 }
 
 /**
+ * stb_tracker_end_io() - how a write ends when all trackers have seen its end
+ * @bio: write
+ * @private: out: what it has as bi_private then
+ *
+ * Context: any.
+ * Return: what it has as bi_end_io then.
+ */
+bio_end_io_t *stb_tracker_end_io(struct bio *bio, void **private)
+{
+	bio_end_io_t *end_io = bio->bi_end_io;
+
+	*private = bio->bi_private;
+	while (end_io == counted_end_io) {
+		struct stb_counted *c = *private;
+
+		end_io = c->end_io;
+		*private = c->private;
+	}
+	return end_io;
+}
+
+/**
  * stb_tracker_count() - know when a write that is passed on has completed
  * @t: tracker
  * @bio: write that it passes on

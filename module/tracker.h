@@ -131,6 +131,7 @@ void stb_tracker_put(struct stb_tracker *t);
 void stb_tracker_set_mode(struct stb_tracker *t, enum stb_mode mode,
 			  struct stb_cow *cow);
 bool stb_tracker_has_counted(struct stb_tracker *t, struct bio *bio);
+bio_end_io_t *stb_tracker_end_io(struct bio *bio, void **private);
 void stb_tracker_count(struct stb_tracker *t, struct bio *bio);
 bool stb_tracker_settle(struct stb_tracker *t);
 long stb_tracker_inflight(struct stb_tracker *t);

@@ -342,6 +342,33 @@ test.serial('what the first origin stores is no stranger to the last one', async
   await guest.run('set -e; rmmod slow_flip; rm /srv/origin/flip');
 });
 
+test.serial(
+  "what a disk's snapshot held of a store is no stranger to its partition's",
+  async (t) => {
+    await guest.run('fallocate -l 64M /srv/origin/beneath; sync');
+    // The disk sees it first: it is tracked for longer.
+    const [part] = await module.require(`attach ${partition()}`);
+    const disk = await tracked('parted');
+    t.true(Number(disk.id) < Number(part), `disk ${disk.id}, partition ${part}`);
+    await module.require(
+      `take partition trackers=${part} mounts=/srv/origin stores=file:/srv/origin/beneath`,
+    );
+    await module.require(`take disk trackers=${disk.id} stores=memory:${128 * MiB}`);
+    await guest.run(
+      `dd if=/dev/urandom of=/srv/origin/old bs=1M count=24 conv=notrunc,fsync status=none`,
+      { timeoutMs: askLimitMs },
+    );
+    for (const name of ['partition', 'disk']) {
+      const [state, , used] = await module.require(`state ${name}`);
+      t.is(state, 'held', name);
+      t.true(Number(used) >= 24 * MiB, `${name}: ${used} bytes are stored`);
+      await module.require(`close ${name}`);
+    }
+    await module.require(`detach ${part}`);
+    await guest.run('rm /srv/origin/beneath');
+  },
+);
+
 test.serial("somebody else's write into a store on an origin ends the snapshot", async (t) => {
   await guest.run('fallocate -l 16M /srv/origin/store; sync');
   const { stdout } = await guest.run(
