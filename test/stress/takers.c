@@ -899,6 +899,21 @@ static void check_btrfs(struct taker *taker, struct taken_image *image,
 	run_quietly(command, log);
 }
 
+/*
+ * The owner that another taker has just started has this one's files open, too,
+ * until it has closed what is not its own.
+ */
+static void unmount(const char *folder)
+{
+	int tries = 1000;
+
+	while (umount(folder)) {
+		if (errno != EBUSY || !--tries)
+			give_up("umount %s: %s", folder, strerror(errno));
+		usleep(10000);
+	}
+}
+
 static void check_mounted(struct taker *taker, struct taken_image *image,
 			  const char *folder)
 {
@@ -914,8 +929,7 @@ static void check_mounted(struct taker *taker, struct taken_image *image,
 	snprintf(path, sizeof(path), "%s/%s", folder,
 		 image->device->file_name);
 	check_file_units(taker, image->device, path, image->name);
-	if (umount(folder))
-		give_up("umount %s: %s", folder, strerror(errno));
+	unmount(folder);
 }
 
 /*
