@@ -260,11 +260,15 @@ test.serial('two snapshots of all devices at once, under writes', async (t) => {
      * Zeroes, where no writer writes. Where a device cannot do it by itself they are a
      * chain of bios, and the completion of those is a matter of its own.
      */
-    for (const name of writers) {
-      await guest.run(
-        `blkdiscard --zeroout --offset ${zeroed.start} --length ${zeroed.length} ${path(name)}`,
-      );
-    }
+    await guest.run(
+      `set -e\n${writers
+        .map(
+          (name) =>
+            `blkdiscard --zeroout --offset ${zeroed.start} --length ${zeroed.length} ${path(name)}`,
+        )
+        .join('\n')}`,
+      { timeoutMs: checkLimitMs },
+    );
     // Copy-on-write is at work while the images are read.
     instants.push(await checkImages(images, before, after));
     if (checkpoint === 'second') {

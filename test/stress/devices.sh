@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # In a guest: makes every kind of device that the stress test writes to from
 # the data disks that its variables name, and the stores beside them. Prints
-# the test's arguments, one a line, devices top down.
+# the test's arguments, one a line, devices top down. A kind whose disk has no
+# name is left out.
 #
-# Variables: whole parted both under lvm1 lvm2 crypt md files ext4 xfs btrfs
-# nvme scsi store storedisk, each a device node.
+# Variables: whole parted both under files ext4 nvme store storedisk, and where
+# wanted lvm1 and lvm2, crypt, md, xfs, btrfs, scsi, each a device node.
 set -e
 export PATH=$PATH:/usr/sbin:/sbin
 exec 3>&1 >&2
@@ -20,20 +21,27 @@ swapon "${parted}2"
 echo 'start=2049, size=28001' | sfdisk --quiet --label dos "$both"
 
 dmsetup create --noudevsync upper --table "0 $(($(sectors "$under") - 8192)) linear $under 8192"
-pvcreate -q "$lvm1" "$lvm2"
-vgcreate -q vg0 "$lvm1" "$lvm2"
-lvcreate -q -y -Wn -L 16M -n linear vg0 "$lvm1"
-lvcreate -q -y -Wn -L 16M -i 2 -I 16k -n striped vg0
-lvcreate -q -y -L 24M --poolmetadatasize 4M -Zy --thinpool pool vg0
-lvcreate -q -y -Wn -V 16M --thin -n thin vg0/pool
-echo secret | cryptsetup open --disable-keyring --type plain --cipher aes-xts-plain64 --key-size 256 "$crypt" secret
-printf 'start=%sMiB, size=12MiB\n' 1 14 27 40 53 66 79 | sfdisk --quiet --label gpt "$md"
-new() { mdadm --create --quiet --run --assume-clean --metadata=1.2 --homehost=any "$@"; }
-new /dev/md0 --level=0 --raid-devices=2 "${md}1" "${md}2"
-new /dev/md1 --level=1 --raid-devices=2 "${md}3" "${md}4"
-new /dev/md5 --level=5 --raid-devices=3 "${md}5" "${md}6" "${md}7"
+if [ -n "$lvm1" ]; then
+    pvcreate -q "$lvm1" "$lvm2"
+    vgcreate -q vg0 "$lvm1" "$lvm2"
+    lvcreate -q -y -Wn -L 16M -n linear vg0 "$lvm1"
+    lvcreate -q -y -Wn -L 16M -i 2 -I 16k -n striped vg0
+    lvcreate -q -y -L 24M --poolmetadatasize 4M -Zy --thinpool pool vg0
+    lvcreate -q -y -Wn -V 16M --thin -n thin vg0/pool
+fi
+if [ -n "$crypt" ]; then
+    echo secret | cryptsetup open --disable-keyring --type plain --cipher aes-xts-plain64 --key-size 256 "$crypt" secret
+fi
+if [ -n "$md" ]; then
+    printf 'start=%sMiB, size=12MiB\n' 1 14 27 40 53 66 79 | sfdisk --quiet --label gpt "$md"
+    new() { mdadm --create --quiet --run --assume-clean --metadata=1.2 --homehost=any "$@"; }
+    new /dev/md0 --level=0 --raid-devices=2 "${md}1" "${md}2"
+    new /dev/md1 --level=1 --raid-devices=2 "${md}3" "${md}4"
+    new /dev/md5 --level=5 --raid-devices=3 "${md}5" "${md}6" "${md}7"
+fi
 dmsetup mknodes
 
+# Stores on the origins themselves have to be there before the take.
 mkdir -p /srv/files /srv/ext4 /srv/xfs /srv/btrfs /srv/store
 mkfs.ext4 -q -F "$files"
 mount "$files" /srv/files
@@ -41,14 +49,17 @@ fallocate -l 16M /srv/files/loop
 losetup /dev/loop0 /srv/files/loop
 mkfs.ext4 -q -F "$ext4"
 mount "$ext4" /srv/ext4
-# Smaller than mkfs.xfs likes: every image of it is read.
-mkfs.xfs -q --unsupported -f "$xfs"
-mount "$xfs" /srv/xfs
-mkfs.btrfs -q -f "$btrfs"
-mount "$btrfs" /srv/btrfs
-# Stores on the origins themselves have to be there before the take.
 fallocate -l 24M /srv/ext4/store
-fallocate -l 40M /srv/xfs/store
+if [ -n "$xfs" ]; then
+    # Smaller than mkfs.xfs likes: every image of it is read.
+    mkfs.xfs -q --unsupported -f "$xfs"
+    mount "$xfs" /srv/xfs
+    fallocate -l 40M /srv/xfs/store
+fi
+if [ -n "$btrfs" ]; then
+    mkfs.btrfs -q -f "$btrfs"
+    mount "$btrfs" /srv/btrfs
+fi
 
 # Stores: files in one piece and in many, a disk and a partition.
 mkfs.ext4 -q -F -E nodiscard "$store"
@@ -74,33 +85,33 @@ printf 'start=1MiB, size=24MiB\nstart=26MiB\n' | sfdisk --quiet --label dos "$st
 # Requests that have to wait for a tag keep their submitters in between.
 for disk in "$both" "$whole" "$parted"; do echo 4 >"/sys/block/${disk#/dev/}/queue/nr_requests"; done
 
-cat >&3 <<END
---device path=/dev/mapper/vg0-linear
---device path=/dev/mapper/vg0-striped
---device path=/dev/mapper/vg0-thin
---device path=/dev/mapper/secret
---device path=/dev/mapper/upper,on=$under,at=8192
---device path=/dev/md0
---device path=/dev/md1
---device path=/dev/md5
---device path=/dev/loop0
---device path=$ext4,mount=/srv/ext4,fs=ext4,file=stamped
---device path=$xfs,mount=/srv/xfs,fs=xfs,file=stamped
---device path=$btrfs,mount=/srv/btrfs,fs=btrfs,file=stamped
---device path=${both}1,on=$both,at=2049
---device path=${parted}1
---device path=$whole
---device path=$nvme
---device path=$scsi
---device path=$both
---device path=$under,written=8192
---device path=$parted,opaque
---device path=$lvm1,opaque
---device path=$crypt,opaque
---store-file /srv/store/one
---store-file /srv/store/pieces
---store-file /srv/ext4/store,origin=$ext4
---store-file /srv/xfs/store,origin=$xfs
---store-device ${storedisk}1
---store-device ${storedisk}2
-END
+# argument DISK OPTION VALUE: unless its disk has no name.
+argument() { [ -z "$1" ] || echo "--$2 $3" >&3; }
+argument "$lvm1" device "path=/dev/mapper/vg0-linear"
+argument "$lvm1" device "path=/dev/mapper/vg0-striped"
+argument "$lvm1" device "path=/dev/mapper/vg0-thin"
+argument "$crypt" device "path=/dev/mapper/secret"
+argument "$under" device "path=/dev/mapper/upper,on=$under,at=8192"
+argument "$md" device "path=/dev/md0"
+argument "$md" device "path=/dev/md1"
+argument "$md" device "path=/dev/md5"
+argument "$files" device "path=/dev/loop0"
+argument "$ext4" device "path=$ext4,mount=/srv/ext4,fs=ext4,file=stamped"
+argument "$xfs" device "path=$xfs,mount=/srv/xfs,fs=xfs,file=stamped"
+argument "$btrfs" device "path=$btrfs,mount=/srv/btrfs,fs=btrfs,file=stamped"
+argument "$both" device "path=${both}1,on=$both,at=2049"
+argument "$parted" device "path=${parted}1"
+argument "$whole" device "path=$whole"
+argument "$nvme" device "path=$nvme"
+argument "$scsi" device "path=$scsi"
+argument "$both" device "path=$both"
+argument "$under" device "path=$under,written=8192"
+argument "$parted" device "path=$parted,opaque"
+argument "$lvm1" device "path=$lvm1,opaque"
+argument "$crypt" device "path=$crypt,opaque"
+argument "$store" store-file "/srv/store/one"
+argument "$store" store-file "/srv/store/pieces"
+argument "$ext4" store-file "/srv/ext4/store,origin=$ext4"
+argument "$xfs" store-file "/srv/xfs/store,origin=$xfs"
+argument "$storedisk" store-device "${storedisk}1"
+argument "$storedisk" store-device "${storedisk}2"

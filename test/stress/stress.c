@@ -2,7 +2,7 @@
 /*
  * Writers, takers and an oracle on a set of block devices: see docs/stress.md.
  *
- *   stress --seconds N [--seed N] [--takers N]
+ *   stress --seconds N [--seed N] [--takers N] [--pace US]
  *          --device path=NODE[,on=NODE,at=SECTORS][,written=SECTORS][,opaque]
  *                   [,mount=FOLDER,fs=TYPE,file=NAME]...
  *          [--store-device NODE]... [--store-file FILE[,origin=NODE]]...
@@ -12,7 +12,8 @@
  * or a mapped device, whose part of the disk nobody may write past it: then
  * only the disk's first sectors are "written". An opaque device is written by
  * whoever lies above it; one with a mounted file system has a stamped file
- * there. The stores' content is lost.
+ * there. The stores' content is lost. Writers rest for up to the pace between two
+ * writes at all times, where they would leave others no time.
  *
  * Prints its seed first and a line of JSON last. Exit code 0: nothing found;
  * 1: a violation, which it describes; 2: it could not do its work.
@@ -58,6 +59,7 @@ struct world world;
 static char below[MAX_DEVICES][PATH_BYTES];
 static char origin_names[MAX_STORES][PATH_BYTES];
 static uint64_t started_ns;
+static uint32_t least_pace_us;
 
 uint64_t tick(void)
 {
@@ -365,6 +367,7 @@ static void parse(int argc, char **argv)
 		{ "seed", required_argument, NULL, 's' },
 		{ "seconds", required_argument, NULL, 't' },
 		{ "takers", required_argument, NULL, 'k' },
+		{ "pace", required_argument, NULL, 'p' },
 		{ "device", required_argument, NULL, 'd' },
 		{ "store-device", required_argument, NULL, 'b' },
 		{ "store-file", required_argument, NULL, 'f' },
@@ -385,6 +388,10 @@ static void parse(int argc, char **argv)
 			break;
 		case 'k':
 			world.nr_takers = strtoul(optarg, NULL, 10);
+			break;
+		case 'p':
+			least_pace_us = strtoul(optarg, NULL, 10);
+			world.pace_us = least_pace_us;
 			break;
 		case 'd':
 			add_device(optarg);
@@ -434,7 +441,9 @@ static void change_pace(struct rng *rng)
 {
 	static const uint32_t paces[] = { 0, 1000, 5000, 20000, 100000 };
 
-	world.pace_us = paces[rng_below(rng, sizeof(paces) / sizeof(*paces))];
+	uint32_t pace = paces[rng_below(rng, sizeof(paces) / sizeof(*paces))];
+
+	world.pace_us = pace > least_pace_us ? pace : least_pace_us;
 }
 
 static void wait_for_the_end(void)
