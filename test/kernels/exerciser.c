@@ -161,6 +161,20 @@ static void do_read(int fd, uint32_t offset, uint32_t length)
 	compare(buffer, offset, there);
 }
 
+/*
+ * To the block with the end of the file, and no further: where XFS has put off the
+ * allocation of what is behind, it says EIO, and on the console `Direct I/O
+ * collision with buffered writes!` (iomap_dio_iter() in fs/iomap/direct-io.c).
+ */
+static void do_direct_read(uint32_t offset, uint32_t length)
+{
+	uint32_t end = (size + BLOCK - 1) / BLOCK * BLOCK;
+
+	if (offset >= size)
+		return;
+	do_read(direct, offset, length < end - offset ? length : end - offset);
+}
+
 static unsigned char *map(uint32_t offset, uint32_t length, int protection)
 {
 	uint32_t before = offset % BLOCK;
@@ -316,7 +330,7 @@ static void one_step(void)
 		do_mapped_read(offset, length);
 		break;
 	case DIRECT_READ:
-		do_read(direct, offset, length);
+		do_direct_read(offset, length);
 		break;
 	case WRITE:
 		do_write(cached, offset, length);
@@ -383,7 +397,7 @@ int main(int argc, char **argv)
 		one_step();
 	do_read(cached, 0, MAX_SIZE);
 	do_reopen();
-	do_read(direct, 0, MAX_SIZE);
+	do_direct_read(0, MAX_SIZE);
 	close_file();
 	for (kind = 0; kind < NR_KINDS; kind++)
 		printf("%s\"%s\": %llu", kind ? ", " : "{", names[kind],
