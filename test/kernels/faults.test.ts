@@ -25,6 +25,7 @@ import {
   checksum,
   cliLimitMs,
   MiB,
+  pace,
   reasonName,
   refusalIn,
   withProduct,
@@ -39,13 +40,8 @@ const disks = { one: 40, two: 40, mounted: 64, spare: 16, store: 288 } as const;
 type Name = keyof typeof disks;
 /** What the writers write to, from the start of their devices. */
 const writtenBytes = 24 * MiB;
-/**
- * The writers leave the processors to the others: microseconds between two writes. Most of
- * the time here is spent waiting, which the checkers' kernel shall not pay for.
- */
-const paceUs = kernel === 'debug' ? 200_000 : 12_000;
-/** So many writes show that they go on. */
-const enoughWrites = kernel === 'debug' ? 10 : 20;
+/** The writers leave the processors to the others: microseconds between two writes. */
+const paceUs = pace(12_000);
 const storeBytes = 64 * MiB;
 /** The module gives a chunk up after 30 s; a failed one then has to be noticed. */
 const hangLimitMs = 150_000;
@@ -147,7 +143,7 @@ async function assertFailed(
 }
 
 /** The writers go on: so many more of their writes complete, and none has failed. */
-async function assertWriting(t: ExecutionContext, count = enoughWrites): Promise<void> {
+async function assertWriting(t: ExecutionContext, count = 20): Promise<void> {
   for (const name of ['one', 'two'] as const) {
     const [, , errno] = await oracle.require(`reach ${name} ${count}`);
     t.is(errno, '0', `a write to ${name} failed`);
@@ -390,7 +386,7 @@ test.serial('origins that hang: reads delayed, everything suspended', async (t) 
   );
   await assertFailed(t, held.name, held.image, 'ORIGIN_ERROR', hangLimitMs);
   // Only the reads of this one hang: what it held has been written.
-  const [, , errno] = await oracle.require(`reach one ${2 * enoughWrites}`);
+  const [, , errno] = await oracle.require('reach one 50');
   t.is(errno, '0');
   await assertFailed(t, 'stuck', image, 'ORIGIN_ERROR', hangLimitMs);
   await mend('one', 'two');

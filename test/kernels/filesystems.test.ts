@@ -34,7 +34,9 @@ const rounds = [
 /** `STILLBLOCK_FILESYSTEMS_SEED` repeats what the exercisers did in a run. */
 const seed = Number(process.env['STILLBLOCK_FILESYSTEMS_SEED'] ?? Date.now() % 1_000_000_000);
 /** With the checkers one of the rounds, another one in another run. */
-const chosenRounds = rounds.filter((_, i) => kernel !== 'debug' || i === seed % rounds.length);
+const chosenRounds = [...rounds.entries()].filter(
+  ([round]) => kernel !== 'debug' || round === seed % rounds.length,
+);
 
 let guest: Guest;
 let module: Conversation;
@@ -95,7 +97,7 @@ test('files stay what they are, and images stay file systems, while snapshots co
       ),
     })),
   );
-  for (const [round, stressors] of chosenRounds.entries()) {
+  for (const [round, stressors] of chosenRounds) {
     const stressing = kinds.map((kind) =>
       guest.start(
         `exec nice -n 15 stress-ng -v --verify --temp-path /srv/${kind}/stress ${stressors} 2>&1`,

@@ -26,9 +26,9 @@ const disks = { raw: 24, other: 16, store: 64 } as const;
 const writtenBytes = 16 * MiB;
 const paceUs = pace(4000);
 const ENOMEM = 12;
+const EFAULT = 14;
 /** What objects begin with that lost-memory loses; kmemleak shows it so, beside the bytes. */
 const lostOnPurpose = 'lost on purpose.';
-const EFAULT = 14;
 /** More allocations than any request makes: the loops end before. */
 const manyAllocations = 20_000;
 /**
